@@ -408,7 +408,6 @@ def everything_is_annotated(sources: Sources) -> list[str]:
 @rule(
     {"datasets": 'FOLDER = "/ho' + 'me/me/data"'},
     {"weights": "# see /us" + "r/lib/x"},
-    {"demo": r'x = "C:\\Users\\me"'},
 )
 def no_paths_of_one_machine(sources: Sources) -> list[str]:
     return [
