@@ -31,7 +31,7 @@ lint: $(DEV)
 	$(BIN)/mypy pyro_aevb
 
 docs: $(DOCS)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(DEV)
 	set -e; for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file; done

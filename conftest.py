@@ -13,6 +13,8 @@ import torch
 
 SECONDS_BEFORE_SLOW = 10.0
 
+collect_ignore_glob = ["docs/*.py"]  # part of building the pages, whose packages the tests do without
+
 # Set at import, before any test module looks; a test process is one of several on the machine.
 torch.set_num_threads(1)
 _shared_data = Path(__file__).resolve().parent.parent / "shared" / "data"
