@@ -313,7 +313,7 @@ def test_worst_rows_come_by_status_then_error_then_k_hat():
     error[7], error[40], error[9], error[12] = math.nan, 0.6, math.nan, 0.2
     result = result_of([0.0] * 60, error.tolist(), status)
     k_hat = torch.full((60,), 0.1).double()
-    k_hat[7], k_hat[9] = 0.8, 0.9
+    k_hat[7], k_hat[9], k_hat[40] = 0.8, 0.9, 0.95
     assert replace(result, k_hat=k_hat).summary().worst == (9, 7, 40)
 
 
