@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Args", "GlobalWeights", "Kwargs", "LocalWeights", "PerRow", "Program", "Scalar", "Values"]
+__all__ = ["Args", "GlobalWeights", "Kwargs", "LocalWeights", "PerRow", "PyroProgram", "Scalar", "Values"]
 
 Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = Mapping[str, Any]
-Program: TypeAlias = Callable[..., Any]
+PyroProgram: TypeAlias = Callable[..., Any]
 """A Pyro program: a model or a guide."""
 Values: TypeAlias = dict[str, Tensor]
 """Values of sample sites by name."""

@@ -1,0 +1,372 @@
+"""A model, its guide and a batch become terms: the one place where log p and log q of a site meet."""
+
+import warnings
+from collections.abc import Collection
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from torch import Tensor
+
+from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
+from pyro_aevb.errors import AEVBError, GuideError, ModelError, NonFiniteError, ParticleWarning
+from pyro_aevb.program.divergence import closed_form_kl, has_moving_support
+from pyro_aevb.program.parameters import detached_parameters, find_modules, preserved_state
+from pyro_aevb.program.particles import ParticleAxes, SiteRecord, module_ranks, run_program
+from pyro_aevb.program.structure import Structure, prior_parents, read_structure
+from pyro_aevb.weights import LatentTerm, ObservedTerm, Terms
+
+__all__ = ["ImportanceProgram", "Records"]
+
+Records = dict[str, SiteRecord]
+"""Sample sites of one run under particle axes, by name."""
+
+
+class ImportanceProgram:
+    """A model and its guide, read once, that turn batches into :class:`~pyro_aevb.weights.Terms`.
+
+    Args:
+        model: The model.
+        guide: The guide: same arguments, one site for each latent of the model.
+        args: A batch to read the structure from, as positional arguments.
+        kwargs: A batch to read the structure from, as keyword arguments.
+        data_plate: As in :func:`~pyro_aevb.program.structure.read_structure`.
+
+    Attributes:
+        structure: The model's structure.
+        guide_sites: The guide's sites of one run without particles, for questions about its distributions.
+
+    Raises:
+        ModelError: If the model is not supported.
+        GuideError: If a site is missing from the guide, extra in it, or lies outside the model's support.
+    """
+
+    def __init__(
+        self, model: PyroProgram, guide: PyroProgram, args: Args, kwargs: Kwargs, *, data_plate: str | None = "auto"
+    ) -> None:
+        self.model = model
+        self.guide = guide
+        self.modules = find_modules(model, guide)
+        self.structure: Structure = read_structure(model, args, kwargs, guide=guide, data_plate=data_plate)
+        with preserved_state(self.modules):
+            self.guide_sites: Records = run_program(guide, self.structure, ParticleAxes(), args, kwargs)
+        _check_guide(self.structure, self.guide_sites)
+        self._batch = (args, kwargs)
+        self._ranks: dict[torch.nn.Module, tuple[int, ...]] | None = None
+        self._is_vectorized: dict[tuple[bool, bool], bool] = {}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the model's latents that the guide samples."""
+        return frozenset(name for name in self.guide_sites if name in self.structure.sites)
+
+    def axes(self, num_particles: int, num_importance_samples: int) -> ParticleAxes:
+        """Choose how to run particles, by trying once on the batch that the structure was read from."""
+        single = ParticleAxes(num_particles, num_importance_samples)
+        if single.is_single:
+            return single
+        key = (num_particles > 1, num_importance_samples > 1)
+        if key not in self._is_vectorized:
+            self._is_vectorized[key] = self._try_vectorizing(key)
+        return replace(single, is_vectorized=self._is_vectorized[key])
+
+    def sample_guide(self, args: Args, kwargs: Kwargs, axes: ParticleAxes, *, values: Values | None = None) -> Records:
+        """Draw from the guide; sites named in ``values`` keep their value."""
+        return run_program(self.guide, self.structure, axes, args, kwargs, values=values, ranks=self._ranks)
+
+    def rescore_guide(self, args: Args, kwargs: Kwargs, axes: ParticleAxes, values: Values) -> Records:
+        """Weigh given values under the guide with its parameters detached and the values live."""
+        program = detached_parameters(self.guide)
+        return run_program(program, self.structure, axes, args, kwargs, values=values, ranks=self._ranks)
+
+    def score_model(self, args: Args, kwargs: Kwargs, axes: ParticleAxes, values: Values) -> Records:
+        """Weigh given values under the model."""
+        return run_program(self.model, self.structure, axes, args, kwargs, values=values, ranks=self._ranks)
+
+    def terms(self, model: Records, guide: Records, axes: ParticleAxes, kl_sites: Collection[str] = ()) -> Terms:
+        """Join the records of model and guide, site by site.
+
+        Args:
+            model: Records of the model.
+            guide: Records of the guide under the same values.
+            axes: The axes that both ran under.
+            kl_sites: Latents whose closed-form KL is wanted.
+
+        Raises:
+            GuideError: If model and guide give a latent different masks or scales.
+        """
+        latents = [
+            _latent_term(site, guide[name], name in kl_sites)
+            for name, site in model.items()
+            if not site.is_observed and name in guide
+        ]
+        latents += [_auxiliary_term(site) for name, site in guide.items() if name not in model]
+        observed = [ObservedTerm(site.name, site.is_local, site.log_prob) for site in model.values() if site.is_observed]
+        like = next((site.log_prob for site in (*model.values(), *guide.values())), torch.zeros(()))
+        rows = next((site.log_prob.shape[-1] for site in (*model.values(), *guide.values()) if site.is_local), 0)
+        return Terms(
+            latents=tuple(latents),
+            observed=tuple(observed),
+            scale=_data_scale(model, guide),
+            shape=(axes.num_particles, axes.num_importance_samples, rows),
+            like=like,
+        )
+
+    def draw_terms(self, args: Args, kwargs: Kwargs, num_particles: int = 1, num_importance_samples: int = 1) -> Terms:
+        """Draw from the guide and weigh the draws under both programs."""
+        axes = self.axes(num_particles, num_importance_samples)
+        guide = self.sample_guide(args, kwargs, axes)
+        model = self.score_model(args, kwargs, axes, {name: site.value for name, site in guide.items()})
+        return self.terms(model, guide, axes)
+
+    def parents(self, args: Args, kwargs: Kwargs) -> dict[str, frozenset[str]]:
+        """Say which latents each site's distribution depends on in the model."""
+        values = {name: site.value for name, site in self.guide_sites.items() if name in self.structure.sites}
+        return prior_parents(self.model, values, args, kwargs)
+
+    def closed_form_sites(self, args: Args, kwargs: Kwargs) -> frozenset[str]:
+        """Name the latents whose KL(q || p) has a closed form."""
+        values = {name: site.value for name, site in self.guide_sites.items()}
+        with preserved_state(self.modules), torch.no_grad():
+            model = run_program(self.model, self.structure, ParticleAxes(), args, kwargs, values=values)
+        pairs = {name: (self.guide_sites[name].fns[0], model[name].fns[0]) for name in self.names}
+        return frozenset(name for name, (q, p) in pairs.items() if closed_form_kl(q, p) is not None)
+
+    def check_separable(self, purpose: str, records: Records) -> None:
+        """Refuse scales inside the logarithm, and guides whose local sites share one joint draw.
+
+        Raises:
+            ModelError: If a site is scaled apart from the data plate's own scale.
+            GuideError: If local sites are read off a global auxiliary site.
+        """
+        for name, site in records.items():
+            if not isinstance(site.scale, float) or site.scale != 1.0:
+                raise ModelError(
+                    f"Site {name!r} has a scale besides the data plate's own (poutine.scale or a subsampled inner plate), which "
+                    f"has no meaning inside {purpose}. Remove it, or train with SGVB.",
+                    site=name,
+                )
+        joint = [name for name, site in self.guide_sites.items() if site.is_auxiliary and not site.is_local]
+        local = [name for name in self.names if self.guide_sites[name].is_local and _is_delta(self.guide_sites[name])]
+        if joint and local:
+            raise GuideError(
+                f"Local sites {local} are read off the joint draw {joint[0]!r} outside the data plate, so rows have no weights of "
+                f"their own, which {purpose} needs. Use a guide that samples them inside the data plate.",
+                site=local[0],
+            )
+
+    def check_gradient(self, gradient: str) -> None:
+        """Refuse sites that an estimator of the gradient is wrong for.
+
+        Raises:
+            GuideError: If a site is not reparameterized, or its support depends on parameters and the estimator needs that
+                it does not.
+        """
+        for name, site in self.guide_sites.items():
+            fn = site.fns[0]
+            if gradient != "score" and not fn.has_rsample and not _is_delta(site):
+                raise GuideError(
+                    f"The guide's site {name!r} ({type(fn).__name__}) has no rsample, so the gradient {gradient!r} can't pass "
+                    f"through it. Use a reparameterized family (Normal, LogNormal, Gamma, a flow), or SGVB(gradient='score').",
+                    site=name,
+                )
+            if gradient != "reparam" and has_moving_support(fn):
+                raise GuideError(
+                    f"The support of the guide's site {name!r} ({type(fn).__name__}) depends on its parameters, where the gradient "
+                    f"{gradient!r} is biased. Use gradient='reparam', or a family of fixed support.",
+                    site=name,
+                )
+
+    def find_non_finite(self, args: Args, kwargs: Kwargs) -> NonFiniteError | None:
+        """Run once more and name the first site, guide before model, whose log density is NaN or infinite."""
+        with preserved_state(self.modules, evaluate=False), torch.no_grad():
+            axes = ParticleAxes()
+            guide = self.sample_guide(args, kwargs, axes)
+            model = self.score_model(args, kwargs, axes, {name: site.value for name, site in guide.items()})
+        for program, records in (("guide", guide), ("model", model)):
+            for name, site in records.items():
+                if not torch.isfinite(site.log_prob).all():
+                    count = int((~torch.isfinite(site.log_prob)).sum())
+                    return NonFiniteError(
+                        f"The {program}'s log density at site {name!r} is NaN or infinite in {count} of {site.log_prob.numel()} "
+                        f"entries. Look at the data and the parameters that reach this site.",
+                        site=name,
+                    )
+        return None
+
+    def _try_vectorizing(self, key: tuple[bool, bool]) -> bool:
+        """Compare a run under particle plates with runs without, particle by particle."""
+        args, kwargs = self._batch
+        axes = ParticleAxes(1 + key[0], 1 + key[1])
+        with preserved_state(self.modules), torch.no_grad():
+            self._ranks = module_ranks(self.modules, lambda: self._run_both(args, kwargs))
+            try:
+                guide = self.sample_guide(args, kwargs, axes)
+                values = {name: site.value for name, site in guide.items()}
+                model = self.score_model(args, kwargs, axes, values)
+                loop = replace(axes, is_vectorized=False)
+                site = _first_difference(guide, self.sample_guide(args, kwargs, loop, values=values))
+                site = site or _first_difference(model, self.score_model(args, kwargs, loop, values))
+                reason = f"site {site!r} has other densities than without particles" if site else ""
+            except AEVBError:
+                raise
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if reason:
+            _warn_loop(reason)
+        return not reason
+
+    def _run_both(self, args: Args, kwargs: Kwargs) -> None:
+        trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        poutine.replay(self.model, trace=trace)(*args, **kwargs)
+
+
+def _warn_loop(reason: str) -> None:
+    warnings.warn(
+        f"Particles run one by one, because model or guide does not broadcast over particle axes: {reason}. The numbers are the "
+        f"same, the time grows with the number of particles. Index from the right (dim=-1, x[..., 0]) to vectorize.",
+        ParticleWarning,
+        stacklevel=5,
+    )
+
+
+def _first_difference(vectorized: Records, looped: Records) -> str | None:
+    """Return the first site whose log density differs between two ways of running."""
+    for name, site in vectorized.items():
+        other = looped[name].log_prob
+        tolerance = 1e-4 if other.dtype == torch.float32 else 1e-8
+        if not torch.allclose(site.log_prob, other, rtol=tolerance, atol=10 * tolerance, equal_nan=True):
+            return name
+    return None
+
+
+def _is_delta(site: SiteRecord) -> bool:
+    """Tell whether a site's distribution is a point, through wrappers."""
+    fn: Any = site.fns[0]
+    while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
+def _latent_term(p: SiteRecord, q: SiteRecord, wants_kl: bool) -> LatentTerm:
+    _check_masks(p, q)
+    return LatentTerm(
+        name=p.name,
+        is_local=p.is_local,
+        value=q.value,
+        log_p=p.log_prob,
+        log_q=q.log_prob,
+        kl=_kl(p, q) if wants_kl else None,
+        p=p.fns,
+        q=q.fns,
+    )
+
+
+def _kl(p: SiteRecord, q: SiteRecord) -> Tensor | None:
+    """Sum a site's closed-form KL to rows, with the site's masks and scale."""
+    parts = []
+    for fn_p, fn_q in zip(p.fns, q.fns, strict=True):
+        kl = closed_form_kl(fn_q, fn_p)
+        if kl is None:
+            return None
+        own_mask = getattr(fn_p, "_mask", None)
+        parts.append(kl if own_mask is None else torch.where(torch.as_tensor(own_mask), kl, 0.0))
+    return p.reduce(parts)
+
+
+def _auxiliary_term(q: SiteRecord) -> LatentTerm:
+    zero = torch.zeros_like(q.log_prob)
+    return LatentTerm(q.name, q.is_local, q.value, log_p=zero, log_q=q.log_prob, kl=None, p=(), q=q.fns)
+
+
+def _check_masks(p: SiteRecord, q: SiteRecord) -> None:
+    """Refuse a latent whose density counts on one side and not on the other; a recording can't look at values."""
+    if torch.compiler.is_compiling() or (p.mask is q.mask and p.scale is q.scale):
+        return
+    what = ""
+    if not _is_same(p.mask, q.mask):
+        what = "mask"
+    elif not _is_same(p.scale, q.scale):
+        what = "scale"
+    if what:
+        raise GuideError(
+            f"Model and guide give site {p.name!r} a different {what}: its density would count on one side only. Put the same "
+            f"poutine.{what} around the site in both.",
+            site=p.name,
+        )
+
+
+def _is_same(a: Tensor | bool | float, b: Tensor | bool | float) -> bool:
+    """Compare masks or scales, a tensor with all entries equal counting as one number."""
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    return bool((a == b).all())
+
+
+def _data_scale(model: Records, guide: Records) -> float:
+    return next((site.data_scale for site in (*model.values(), *guide.values()) if site.data_scale is not None), 1.0)
+
+
+def _check_guide(structure: Structure, guide: Records) -> None:
+    """Hold the guide's sites against the model's."""
+    latents = {site.name for site in structure.select("latent")}
+    known = latents | {site.name for site in structure.select("imputed")}
+    observed = {site.name for site in structure.select("observed")}
+    missing = [name for name in structure.sites if name in latents and name not in guide]
+    extra = [name for name, site in guide.items() if name not in known and not site.is_auxiliary]
+    if missing:
+        raise GuideError(
+            f"The guide lacks the model's latent sites {missing}; it has {list(guide)}. Sample them in the guide, inside the same "
+            f"plates.",
+            site=missing[0],
+        )
+    if extra:
+        role = "observed in the model" if extra[0] in observed else "not in the model"
+        raise GuideError(
+            f"The guide samples site {extra[0]!r}, which is {role} (latents: {sorted(latents)}). Remove it, or mark it with "
+            f"infer={{'is_auxiliary': True}}.",
+            site=extra[0],
+        )
+    for name in latents:
+        _check_guide_site(structure, name, guide[name])
+
+
+def _check_guide_site(structure: Structure, name: str, q: SiteRecord) -> None:
+    """Hold one guide site's plate, event shape and support against the model's site."""
+    site = structure.sites[name]
+    fn = q.fns[0]
+    if tuple(fn.event_shape) != site.event_shape:
+        raise GuideError(
+            f"Site {name!r} has event shape {list(fn.event_shape)} in the guide and {list(site.event_shape)} in the model. Give "
+            f"the guide's distribution the model's event shape, with .to_event(...) where needed.",
+            site=name,
+        )
+    if q.is_local != site.is_local:
+        where = ("inside", "outside") if site.is_local else ("outside", "inside")
+        raise GuideError(
+            f"Site {name!r} lies {where[0]} the data plate {structure.data_plate!r} in the model and {where[1]} it in the guide. "
+            f"Open the same plates in the guide.",
+            site=name,
+        )
+    if not _is_inside(fn, site.support):
+        raise GuideError(
+            f"The guide's distribution at site {name!r} ({type(fn).__name__} on {fn.support}) puts mass outside the model's "
+            f"support, {site.support}. Use a family on that support, or transform one with biject_to.",
+            site=name,
+        )
+
+
+def _is_inside(fn: Any, support: torch.distributions.constraints.Constraint, num_draws: int = 100) -> bool:
+    """Tell whether draws of a distribution lie in a support; an unbounded one never lies in a bounded one."""
+
+    def base(constraint: Any) -> Any:
+        return getattr(constraint, "base_constraint", constraint)
+
+    real = torch.distributions.constraints.real
+    if base(fn.support) is real and type(base(support)) is not type(real):
+        return False
+    with torch.random.fork_rng(), torch.no_grad():
+        draws = fn.sample((num_draws,)) if not isinstance(fn, Delta) else fn.sample()
+    return bool(support.check(draws).all())

@@ -1,0 +1,357 @@
+"""Where a program's parameters live: in the program's own module, never in the global param store.
+
+A Pyro program keeps parameters in three places: ``nn.Module`` s that it is or reaches, ``pyro.param`` statements, and
+``PyroModule`` s, which copy their tensors to the global store as they run. :class:`Program` runs model and guide inside an
+empty param store, so that a ``PyroModule`` uses its own tensors, and serves ``pyro.param`` from its own ``ParameterDict``. Two
+programs in one process can then use one name for two parameters.
+"""
+
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakValueDictionary, ref
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+
+from pyro_aevb._types import PyroProgram
+from pyro_aevb.errors import AEVBWarning, ParameterError
+from pyro_aevb.randomness import preserved_rng
+
+__all__ = ["Program", "detached_parameters", "find_modules", "preserved_buffers", "preserved_state"]
+
+_LIBRARIES = ("torch", "pyro", "numpy", "builtins", "functools", "pyro_aevb")
+
+
+def find_modules(*programs: Any) -> list[nn.Module]:
+    """List the modules that programs are, are methods of, or reach through closures, globals, partials and containers.
+
+    Globals count only by the names that a program's code reads. Each module is listed once, its submodules are not.
+    """
+    found: dict[int, nn.Module] = {}
+    pending, seen = list(programs), set()
+    while pending:
+        item = pending.pop(0)
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            found[id(item)] = item
+        else:
+            pending.extend(_reached_by(item))
+    inner = {id(child) for module in found.values() for child in module.modules() if child is not module}
+    return [module for key, module in found.items() if key not in inner]
+
+
+def _reached_by(item: Any) -> Iterable[Any]:
+    """Return what a callable or a container holds and may run."""
+    if isinstance(item, types.MethodType):
+        return (item.__self__, item.__func__)
+    if isinstance(item, functools.partial):
+        return (item.func, *item.args, *item.keywords.values())
+    if isinstance(item, types.FunctionType):
+        return () if item.__module__.split(".")[0] in _LIBRARIES else _reached_by_function(item)
+    if isinstance(item, (list, tuple)):
+        return item
+    if isinstance(item, dict):
+        return item.values()
+    is_library = type(item).__module__.split(".")[0] in _LIBRARIES
+    if isinstance(item, (type, types.ModuleType)) or is_library or not hasattr(item, "__dict__"):
+        return ()
+    return (getattr(type(item), "__call__", None), *vars(item).values())
+
+
+def _reached_by_function(function: types.FunctionType) -> Iterable[Any]:
+    """Return what a function's closure, defaults, wrapped function and named globals hold."""
+    yield from (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    yield getattr(function, "__wrapped__", None)
+    for name in _names(function.__code__):
+        yield function.__globals__.get(name)
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    """Tell whether a closure's cell has a value yet (a recursive function's own cell may not)."""
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Return the names that code reads, in nested functions too."""
+    nested = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*(_names(inner) for inner in nested))
+
+
+@contextmanager
+def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Leave random generators and buffers as they were before the block."""
+    buffers = [(buffer, buffer.detach().clone()) for root in modules for buffer in root.buffers()]
+    with preserved_rng():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+
+
+@contextmanager
+def preserved_state(modules: Iterable[nn.Module], *, evaluate: bool = True) -> Iterator[None]:
+    """Leave random generators, buffers, train/eval mode and param store as they were before the block.
+
+    Args:
+        modules: Modules whose buffers and modes are restored.
+        evaluate: Whether to run the block in eval mode, so that BatchNorm accepts single rows and dropout is off.
+    """
+    every = [module for root in modules for module in root.modules()]
+    modes = [module.training for module in every]
+    store = pyro.get_param_store()
+    with preserved_buffers(modules), store.scope(state=store.get_state()), _isolated():
+        try:
+            if evaluate:
+                for module in every:
+                    module.training = False
+            yield
+        finally:
+            for module, mode in zip(every, modes, strict=True):
+                module.training = mode
+
+
+@contextmanager
+def _isolated() -> Iterator[None]:
+    """Hide every message from handlers outside the block, such as the trace by which SVI collects parameters."""
+    serving = _SERVING.get()
+    with poutine.block(), _Serve(serving) if serving is not None else nullcontext():
+        yield
+
+
+class _DetachParameters(Messenger):
+    """Detach the value of every ``pyro.param`` statement."""
+
+    def _pyro_post_param(self, message: Message) -> None:
+        value = message["value"]
+        if value is not None and value.requires_grad:
+            message["value"] = value.detach()
+            message["value"].unconstrained = lambda: value
+
+
+class _Call(nn.Module):
+    """A function as a module that owns the modules it reaches, for ``torch.func.functional_call``."""
+
+    def __init__(self, modules: list[nn.Module], function: PyroProgram) -> None:
+        super().__init__()
+        self.reached = nn.ModuleList(modules)
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+
+def detached_parameters(program: PyroProgram) -> PyroProgram:
+    """Return the program with every parameter detached and every sampled value live.
+
+    This is what makes the path derivative of Roeder et al. (2017, arXiv 1703.09194) right for guides with several latents:
+    a site's own parameters stop, the ancestors that it is conditioned on do not.
+    """
+    modules = find_modules(program)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        call = _Call(modules, program)
+        parameters = {name: parameter.detach() for name, parameter in call.named_parameters()}
+        # pyro.module warns for each parameter that does not require a gradient, which here is the point
+        with _DetachParameters(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
+            return torch.func.functional_call(call, parameters, args, dict(kwargs))
+
+    return run
+
+
+class _Serve(Messenger):
+    """Serve ``pyro.param`` statements from a program's own parameters."""
+
+    def __init__(self, program: "Program") -> None:
+        super().__init__()
+        self.program = program
+
+    def _pyro_param(self, message: Message) -> None:
+        name, args = message["name"], message["args"]
+        initial = args[1] if len(args) > 1 else None
+        if not self.program.owns(name):
+            # a PyroModule's or pyro.module's parameter is its own, and served by the (empty) store
+            if initial is None or (isinstance(initial, nn.Parameter) and self.program.reaches(initial)):
+                return
+            constraint = message["kwargs"].get("constraint", constraints.real)
+            self.program.declare(name, initial, constraint)
+        message["value"] = self.program.constrained(name, message["kwargs"].get("constraint"))
+        message["done"] = message["stop"] = True
+
+
+def _makes_parameters(program: PyroProgram) -> bool:
+    """Tell whether a program may make parameters as it runs: a function, or an automatic guide before its first call."""
+    owner = getattr(program, "__self__", program)
+    return not isinstance(owner, nn.Module) or getattr(owner, "prototype_trace", True) is None
+
+
+def _escape(name: str) -> str:
+    """Write a parameter's name as a key of ``ParameterDict``, which allows no dots."""
+    return name.replace("%", "%25").replace(".", "%2E")
+
+
+def _unescape(key: str) -> str:
+    return key.replace("%2E", ".").replace("%25", "%")
+
+
+_SERVING: ContextVar["Program | None"] = ContextVar("serving", default=None)
+"""The program whose parameters are being served."""
+
+_OWNERS: "WeakValueDictionary[str, Program]" = WeakValueDictionary()
+"""Which living program wrote which name of the global param store."""
+
+
+class Program(nn.Module):
+    """A model and a guide with every parameter that they reach, as one module.
+
+    Attributes:
+        model: The model, as given.
+        guide: The guide, as given.
+        parameters_by_name: Values of ``pyro.param`` statements on unconstrained space, keyed by escaped name.
+        is_built: Whether both have run inside :meth:`building`; before that parameters may be missing.
+    """
+
+    def __init__(self, model: PyroProgram, guide: PyroProgram) -> None:
+        super().__init__()
+        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "guide", guide)
+        self.reached = nn.ModuleList(find_modules(model, guide))
+        self.parameters_by_name = nn.ParameterDict()
+        self._constraints: dict[str, constraints.Constraint] = {}
+        self._reachable: set[int] = set()
+        self.is_built = False
+        self._is_building = False
+
+    @contextmanager
+    def running(self, *handlers: Messenger) -> Iterator[None]:
+        """Run model and guide with the parameters of this module and an empty param store, inside further handlers."""
+        token = _SERVING.set(self)
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(pyro.get_param_store().scope())
+                for handler in (_Serve(self), *handlers):
+                    stack.enter_context(handler)
+                yield
+        finally:
+            _SERVING.reset(token)
+
+    @property
+    def may_lack_parameters(self) -> bool:
+        """Whether the programs have not run yet and may make parameters when they do."""
+        return not self.is_built and any(_makes_parameters(program) for program in (self.model, self.guide))
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Let the programs make their parameters: run both once inside the block."""
+        self._reachable = {id(parameter) for parameter in self.reached.parameters()}
+        self._is_building = True
+        try:
+            with self.running():
+                yield
+        finally:
+            self._is_building = False
+        self._adopt_modules_parameters()
+        self.is_built = True
+
+    def _adopt_modules_parameters(self) -> None:
+        """Forget served parameters that a module turned out to hold itself (a PyroModule that made them as it ran)."""
+        held = {id(parameter) for parameter in self.reached.parameters()}
+        for key, parameter in list(self.parameters_by_name.items()):
+            if id(parameter) in held:
+                del self.parameters_by_name[key]
+                del self._constraints[_unescape(key)]
+        self._reachable = held
+
+    def owns(self, name: str) -> bool:
+        """Tell whether a ``pyro.param`` of this name is served from this module."""
+        return _escape(name) in self.parameters_by_name
+
+    def reaches(self, parameter: nn.Parameter) -> bool:
+        """Tell whether a parameter belongs to a module that model or guide reach."""
+        return id(parameter) in self._reachable
+
+    def declare(self, name: str, initial: Tensor | Callable[[], Tensor], constraint: constraints.Constraint) -> None:
+        """Make the parameter of a ``pyro.param`` statement from its initial value.
+
+        Raises:
+            ParameterError: If the program is built already: no optimizer would see the new parameter.
+        """
+        if self.is_built and not self._is_building:
+            raise ParameterError(
+                f"Parameter {name!r} appeared after the program was built, so no optimizer trains it. Let every batch reach "
+                f"every pyro.param statement, or build again with a batch that reaches it.",
+                site=name,
+            )
+        with torch.no_grad():
+            value = initial() if callable(initial) else initial
+            parameter = initial if isinstance(initial, nn.Parameter) else nn.Parameter(self._unconstrained(value, constraint))
+        self.parameters_by_name[_escape(name)] = parameter
+        self._constraints[name] = constraint
+
+    @staticmethod
+    def _unconstrained(value: Tensor, constraint: constraints.Constraint) -> Tensor:
+        return transform_to(constraint).inv(value.detach()).contiguous().clone()
+
+    def constrained(self, name: str, constraint: constraints.Constraint | None = None) -> Tensor:
+        """Return a served parameter on constrained space, with Pyro's ``unconstrained`` reference."""
+        parameter = self.parameters_by_name[_escape(name)]
+        constraint = self._constraints.setdefault(name, constraint or constraints.real)
+        value = transform_to(constraint)(parameter)
+        value.unconstrained = ref(parameter)
+        return value
+
+    def pyro_params(self) -> dict[str, Tensor]:
+        """Return the values of ``pyro.param`` statements on constrained space, detached."""
+        return {name: self.constrained(name).detach() for name in map(_unescape, self.parameters_by_name)}
+
+    def restore_params(self, unconstrained: dict[str, Tensor]) -> None:
+        """Make ``pyro.param`` values from saved unconstrained tensors, before the program has run."""
+        for name, tensor in unconstrained.items():
+            self.parameters_by_name[_escape(name)] = nn.Parameter(tensor)
+
+    def unconstrained_params(self) -> dict[str, Tensor]:
+        """Return the values of ``pyro.param`` statements on unconstrained space, detached."""
+        return {_unescape(key): parameter.detach() for key, parameter in self.parameters_by_name.items()}
+
+    def write_param_store(self) -> None:
+        """Write the values of ``pyro.param`` statements to the global store under the user's names.
+
+        A name that something else put there is left alone, with a warning: two programs never collide.
+        """
+        store = pyro.get_param_store()
+        kept = []
+        for name, value in self.pyro_params().items():
+            if name in store and _OWNERS.get(name) is not self:
+                kept.append(name)
+                continue
+            if name in store:
+                del store[name]
+            store.setdefault(name, value.clone(), self._constraints[name])
+            _OWNERS[name] = self
+        if kept:
+            warnings.warn(
+                f"The global param store already holds {kept} of something else, and keeps it. The trained values are in this "
+                f"program: read them with pyro_params(), or clear the store before fitting.",
+                AEVBWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,393 @@
+"""The axes [S, K, rows] put around a program.
+
+S particles are drawn outside, so that globals and locals get them; K importance samples act on sites inside the data plate
+alone, so that globals are shared by a particle's importance samples:
+
+    globals  [S, 1, (1 per plate), *event]       locals  [S, K, plates, rows, *event]
+
+With S = K = 1 nothing is put around the program, and Pyro's own shapes hold. Programs whose tensors do not broadcast over
+leading axes run once per particle instead.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from pyro.distributions import Distribution
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.runtime import Message
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+from torch.utils.hooks import RemovableHandle
+
+from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
+from pyro_aevb.errors import ModelError
+from pyro_aevb.program.structure import ReplayValues, Structure, sample_sites
+
+__all__ = ["ParticleAxes", "SiteRecord", "module_ranks", "run_program"]
+
+_FIXED_RANK = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.dropout._DropoutNd,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Upsample,
+    nn.PixelShuffle,
+)
+
+_NOT_GLOBAL = (
+    "Site {name!r} lies outside the data plate but depends on latents inside it, so rows have no weights of their own. Use SGVB, "
+    "or data_plate=None."
+)
+
+
+@dataclass(frozen=True)
+class ParticleAxes:
+    """How many particles and importance samples a program runs with, and in which way.
+
+    Attributes:
+        num_particles: S, draws of everything, averaged outside the logarithm.
+        num_importance_samples: K, draws of the local sites, averaged inside it.
+        is_vectorized: Whether plates carry the axes; else the program runs S * K times.
+    """
+
+    num_particles: int = 1
+    num_importance_samples: int = 1
+    is_vectorized: bool = True
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there are no axes to add."""
+        return self.num_particles == self.num_importance_samples == 1
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """A sample site after a run under particle axes.
+
+    Attributes:
+        name: The site.
+        fns: Its distribution, one per run of the program.
+        value: Its value with the particle axes of the run.
+        log_prob: Log density summed over all but particles, importance samples and rows: ``[S, K, rows]`` or ``[S]``.
+        is_local: Whether it lies inside the data plate.
+        is_observed: Whether its value is given.
+        is_auxiliary: Whether it is a guide's auxiliary site.
+        mask: Its mask, ``True`` where there is none.
+        scale: Its scale apart from the data plate's own.
+        data_scale: The data plate's own scale; ``None`` for a global site.
+        reduce: Sums tensors of the site's batch shape, one per run, to rows.
+    """
+
+    name: str
+    fns: tuple[Distribution, ...]
+    value: Tensor
+    log_prob: Tensor
+    is_local: bool
+    is_observed: bool
+    is_auxiliary: bool
+    mask: Tensor | bool
+    scale: Tensor | float
+    data_scale: float | None
+    reduce: Callable[[list[Tensor]], Tensor]
+
+
+class _ParticlePlate(IndepMessenger):
+    """An independent dimension put around a program, over every site or over the data plate's alone."""
+
+    def __init__(self, name: str, size: int, dim: int, inside: str | None = None) -> None:
+        super().__init__(name, size, dim=dim)
+        self.inside = inside
+
+    def _process_message(self, msg: Message) -> None:
+        if self.inside is None or any(frame.name == self.inside for frame in msg["cond_indep_stack"]):
+            super()._process_message(msg)
+            BroadcastMessenger._pyro_sample(msg)
+
+
+@contextmanager
+def _particle_plates(structure: Structure, axes: ParticleAxes) -> Iterator[None]:
+    """Enter the plates of importance samples and particles, left of every plate of the program."""
+    nesting = structure.max_plate_nesting
+    with ExitStack() as stack:
+        stack.enter_context(_ParticlePlate("_particles", axes.num_particles, -nesting - 2))
+        inner = _ParticlePlate("_importance_samples", axes.num_importance_samples, -nesting - 1, structure.data_plate)
+        stack.enter_context(inner)
+        yield
+
+
+def module_ranks(modules: list[nn.Module], run: Callable[[], Any]) -> dict[nn.Module, tuple[int, ...]]:
+    """Run a program without particles and return the ranks of the tensors that modules of fixed rank are called with."""
+    ranks: dict[nn.Module, tuple[int, ...]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        ranks[module] = tuple(item.dim() for item in args if isinstance(item, Tensor))
+
+    fixed = [module for root in modules for module in root.modules() if isinstance(module, _FIXED_RANK)]
+    handles = [module.register_forward_pre_hook(record) for module in fixed]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ranks
+
+
+@contextmanager
+def _flattened(ranks: dict[nn.Module, tuple[int, ...]]) -> Iterator[None]:
+    """Let modules of fixed rank see particles as rows: leading axes are flattened before and restored after each call."""
+    handles: list[RemovableHandle] = []
+    try:
+        for module, expected in ranks.items():
+            hook = _Flatten(expected)
+            handles += [module.register_forward_pre_hook(hook.before), module.register_forward_hook(hook.after)]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Flatten:
+    """Hooks of one module of fixed rank."""
+
+    def __init__(self, expected: tuple[int, ...]) -> None:
+        self.expected = expected
+        self.leading: list[torch.Size | None] = []
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Flatten the axes left of the expected rank into the rows."""
+        extra = args[0].dim() - self.expected[0] if args and self.expected else 0
+        self.leading.append(args[0].shape[: extra + 1] if extra > 0 else None)
+        if extra <= 0:
+            return None
+        flat = [args[0].flatten(0, extra)]
+        for item, rank in zip(args[1:], self.expected[1:], strict=False):
+            flat.append(self._flatten_other(item, rank, isinstance(module, nn.RNNBase)))
+        return tuple(flat)
+
+    def _flatten_other(self, item: Tensor, rank: int, is_state: bool) -> Tensor:
+        """Flatten a further argument; a recurrent state has its layers before its rows."""
+        leading = self.leading[-1]
+        first = int(is_state)
+        if item.dim() == rank and leading is not None:
+            item = item.reshape(item.shape[:first] + (1,) * (len(leading) - 1) + item.shape[first:])
+            item = item.expand(*item.shape[:first], *leading, *item.shape[first + len(leading) :])
+        return item.flatten(first, first + item.dim() - rank)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Restore the axes in every tensor of the output."""
+        leading = self.leading.pop()
+        if leading is None:
+            return None
+        if isinstance(module, nn.RNNBase):
+            states = output[1] if isinstance(output[1], tuple) else (output[1],)
+            restored = tuple(state.unflatten(1, leading) for state in states)
+            return output[0].unflatten(0, leading), restored if isinstance(output[1], tuple) else restored[0]
+        if isinstance(output, tuple):
+            return tuple(item.unflatten(0, leading) if isinstance(item, Tensor) else item for item in output)
+        return output.unflatten(0, leading)
+
+
+def run_program(
+    program: PyroProgram,
+    structure: Structure,
+    axes: ParticleAxes,
+    args: Args,
+    kwargs: Kwargs,
+    *,
+    values: Values | None = None,
+    ranks: dict[nn.Module, tuple[int, ...]] | None = None,
+) -> dict[str, SiteRecord]:
+    """Run a program under particle axes and record its sample sites.
+
+    Args:
+        program: A model or a guide.
+        structure: The model's structure.
+        axes: Numbers of particles and importance samples, and how to run them.
+        args: The batch, as positional arguments.
+        kwargs: The batch, as keyword arguments.
+        values: Values of latent sites, as an earlier run under the same axes recorded them; other sites are sampled.
+        ranks: Ranks of modules of fixed rank, from :func:`module_ranks`.
+
+    Returns:
+        The sites by name, in the program's order.
+    """
+    values = values or {}
+    if not axes.is_single and not axes.is_vectorized:
+        return _run_loop(program, structure, axes, args, kwargs, values)
+    with ExitStack() as stack:
+        stack.enter_context(ReplayValues(values))
+        if not axes.is_single:
+            stack.enter_context(_flattened(ranks or {}))
+            stack.enter_context(_particle_plates(structure, axes))
+        trace = poutine.trace(program).get_trace(*args, **kwargs)
+    return {name: _record(node, structure, axes) for name, node in sample_sites(trace).items()}
+
+
+def _record(node: dict[str, Any], structure: Structure, axes: ParticleAxes) -> SiteRecord:
+    """Weigh one site of a run."""
+    frames = {frame.name: frame for frame in node["cond_indep_stack"]}
+    data_frame = frames.get(structure.data_plate) if structure.data_plate is not None else None
+    is_local = structure.data_plate is None or data_frame is not None
+    data_scale = data_frame.full_size / data_frame.size if data_frame is not None and data_frame.full_size else 1.0
+    scale = _other_scale(node["scale"], data_scale)
+    mask = _site_mask(node)
+    rows = data_frame.size if data_frame is not None else 1
+    data_dim = data_frame.dim if data_frame is not None else None
+
+    def reduce(parts: list[Tensor]) -> Tensor:
+        scaled = scale_and_mask(parts[0], scale, node["mask"])
+        return _to_rows(scaled, structure, axes, (is_local, data_dim, rows), node["name"])
+
+    log_prob = _log_prob(node)
+    return SiteRecord(
+        name=node["name"],
+        fns=(node["fn"],),
+        value=node["value"],
+        log_prob=reduce([log_prob]),
+        is_local=is_local,
+        is_observed=node["is_observed"],
+        is_auxiliary=bool(node["infer"].get("is_auxiliary", False)),
+        mask=mask,
+        scale=scale,
+        data_scale=data_scale if is_local else None,
+        reduce=reduce,
+    )
+
+
+def _other_scale(scale: Tensor | float, data_scale: float) -> Tensor | float:
+    """Take the data plate's own scale out of a site's scale."""
+    if isinstance(scale, Tensor):
+        return scale / data_scale
+    return 1.0 if scale == data_scale else scale / data_scale
+
+
+def _site_mask(node: dict[str, Any]) -> Tensor | bool:
+    """Join the mask of ``poutine.mask`` with the one of a masked distribution."""
+    mask = True if node["mask"] is None else node["mask"]
+    own = getattr(node["fn"], "_mask", None)
+    if own is None or own is True:
+        return mask
+    return own if mask is True else own & mask
+
+
+def _log_prob(node: dict[str, Any]) -> Tensor:
+    """Return a site's log density, masked entries taken at a point inside the support.
+
+    A NaN-coded missing value would else put NaN into the gradient, also where the mask drops its density.
+    """
+    fn, value, mask = node["fn"], node["value"], node["mask"]
+    if node["is_observed"] and isinstance(mask, Tensor) and isinstance(value, Tensor):
+        event_mask = mask.reshape(mask.shape + (1,) * fn.event_dim)
+        value = torch.where(event_mask, value, _inside(fn.support, value))
+    return fn.log_prob(value, *node["args"], **node["kwargs"])
+
+
+def _inside(support: constraints.Constraint, value: Tensor) -> Tensor:
+    """Return a value of the same shape inside a support; 0 for the discrete families, which all hold it."""
+    if support.is_discrete:
+        return torch.zeros_like(value)
+    transform = transform_to(support)
+    return transform(value.new_zeros(transform.inverse_shape(value.shape)))
+
+
+def _to_rows(
+    tensor: Tensor, structure: Structure, axes: ParticleAxes, where: tuple[bool, int | None, int], name: str
+) -> Float[Tensor, "..."]:
+    """Sum a tensor of a site's batch shape over its inner plates: to ``[S, K, rows]`` inside the data plate, ``[S]`` outside."""
+    is_local, data_dim, rows = where
+    samples, inner = axes.num_particles, axes.num_importance_samples
+    nesting = structure.max_plate_nesting + 2
+    if tensor.dim() < nesting:
+        tensor = tensor.reshape((1,) * (nesting - tensor.dim()) + tensor.shape)
+    plates = tuple(dim for dim in range(-nesting + 2, 0) if dim != data_dim)
+    if plates:
+        tensor = tensor.sum(plates, keepdim=True)
+    if is_local:
+        return tensor.reshape(*tensor.shape[:2], -1).expand(samples, inner, rows)
+    if tensor.shape[1] != 1:
+        raise ModelError(_NOT_GLOBAL.format(name=name), site=name)
+    return tensor.reshape(-1).expand(samples)
+
+
+def _run_loop(
+    program: PyroProgram, structure: Structure, axes: ParticleAxes, args: Args, kwargs: Kwargs, values: Values
+) -> dict[str, SiteRecord]:
+    """Run a program once per particle and importance sample, and stack what it recorded."""
+    runs: list[list[dict[str, SiteRecord]]] = []
+    for s in range(axes.num_particles):
+        shared: Values = {}
+        runs.append([])
+        for k in range(axes.num_importance_samples):
+            given = shared | {name: _slice(value, s, k, structure.ranks[name]) for name, value in values.items()}
+            record = run_program(program, structure, ParticleAxes(), args, kwargs, values=given)
+            runs[-1].append(record)
+            shared = {name: site.value for name, site in record.items() if not site.is_local and not site.is_observed}
+    return {name: _stack_site([[record[name] for record in row] for row in runs], structure) for name in runs[0][0]}
+
+
+def _slice(value: Tensor, s: int, k: int, rank: int) -> Tensor:
+    """Take one particle's value out of a stacked one, with the rank that it has in a run without particles."""
+    part = value[s, k if value.shape[1] > 1 else 0]
+    return part.reshape(part.shape[part.dim() - rank :])
+
+
+def _pad(value: Tensor, rank: int) -> Tensor:
+    """Put axes of size 1 in front."""
+    return value.reshape((1,) * (rank - value.dim()) + value.shape)
+
+
+def _stack_site(runs: list[list[SiteRecord]], structure: Structure) -> SiteRecord:
+    """Join the records of one site: values ``[S, K, plates, *event]``, densities ``[S, K, rows]`` or ``[S]``."""
+    first = runs[0][0]
+    nesting = structure.max_plate_nesting
+
+    def stack(tensors: list[list[Tensor]]) -> Tensor:
+        if not first.is_local:
+            return torch.stack([row[0].reshape(()) for row in tensors])
+        return torch.stack([torch.cat(row, 1) for row in tensors]).squeeze(1)
+
+    def stack_log_prob() -> Tensor:
+        for row in runs:
+            if not first.is_local and any(not torch.equal(row[0].log_prob, site.log_prob) for site in row[1:]):
+                raise ModelError(_NOT_GLOBAL.format(name=first.name), site=first.name)
+        return stack([[site.log_prob for site in row] for row in runs])
+
+    def reduce(parts: list[Tensor]) -> Tensor:
+        flat = iter(parts)
+        return stack([[site.reduce([next(flat)]) for site in row] for row in runs])
+
+    event_dim = first.fns[0].event_dim
+    value = torch.stack([torch.stack([_pad(site.value, nesting + event_dim) for site in row]) for row in runs])
+    value = value if first.is_local else value[:, :1]
+    return SiteRecord(
+        name=first.name,
+        fns=tuple(fn for row in runs for site in row for fn in site.fns),
+        value=value,
+        log_prob=stack_log_prob(),
+        is_local=first.is_local,
+        is_observed=first.is_observed,
+        is_auxiliary=first.is_auxiliary,
+        mask=first.mask,
+        scale=first.scale,
+        data_scale=first.data_scale,
+        reduce=reduce,
+    )

@@ -1,0 +1,181 @@
+"""Model, guide and objective as one module; and one run of it recorded as a graph of tensor operations.
+
+``torch.export`` records a run of a Pyro program, so that effect handlers cost nothing afterwards. What a recording gets silently
+wrong (custom backward, tensor hooks, numbers that change) is caught by the gate: one eager and one recorded run under one seed
+must agree in the loss and in every gradient, else the eager module is used, with a warning that says why.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+
+from pyro_aevb._types import PyroProgram
+from pyro_aevb.errors import ParameterError, StagingWarning
+from pyro_aevb.program.parameters import Program, preserved_state
+from pyro_aevb.program.scaling import DataPlateScale
+from pyro_aevb.program.structure import Structure, read_structure
+from pyro_aevb.randomness import preserved_rng
+
+__all__ = ["ObjectiveModule", "record", "stage"]
+
+
+class ObjectiveModule(nn.Module):
+    """Model, guide and objective as one module whose call is the loss: minus the bound on the whole data set, in nats.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        objective: Any ``pyro.infer.ELBO`` that has ``differentiable_loss``.
+        num_data: Rows of the whole data set, for a data plate that knows only its batch; ``None`` guesses nothing.
+        data_plate: As in :func:`~pyro_aevb.program.structure.read_structure`.
+    """
+
+    def __init__(
+        self,
+        model: PyroProgram,
+        guide: PyroProgram,
+        objective: ELBO,
+        *,
+        num_data: int | None = None,
+        data_plate: str | None = "auto",
+    ) -> None:
+        super().__init__()
+        self.program = Program(model, guide)
+        self.objective = objective
+        self.objective_state = getattr(objective, "state", nn.Module())
+        self.num_data = num_data
+        self.data_plate = data_plate
+        self.structure: Structure | None = None
+
+    @property
+    def model(self) -> PyroProgram:
+        """The model, as given."""
+        return self.program.model
+
+    @property
+    def guide(self) -> PyroProgram:
+        """The guide, as given."""
+        return self.program.guide
+
+    def build(self, *args: Any, **kwargs: Any) -> "ObjectiveModule":
+        """Make every parameter and read the model's structure from a batch; random state stays as it was."""
+        with self.program.building():
+            self.structure = read_structure(self.model, args, kwargs, guide=self.guide, data_plate=self.data_plate)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss on a batch."""
+        if self.structure is None:
+            self.build(*args, **kwargs)
+        with self.running():
+            return self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
+
+    def running(self) -> Any:
+        """Run model and guide with this module's parameters and scale."""
+        plate = self.structure.data_plate if self.structure else None
+        return self.program.running(DataPlateScale(plate, self.num_data))
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield every parameter.
+
+        Raises:
+            ParameterError: If parameters may be missing because the programs have not run yet.
+        """
+        self._check_built()
+        return super().named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return every parameter and buffer by name; raises like :meth:`named_parameters`."""
+        self._check_built()
+        return super().state_dict(*args, **kwargs)
+
+    def _check_built(self) -> None:
+        if self.program.may_lack_parameters:
+            raise ParameterError(
+                "Parameters are read before model and guide have run, and some may not exist yet (pyro.param in a function, a "
+                "guide that builds itself). Call build(*batch) with one batch first."
+            )
+
+
+def stage(
+    objective: ELBO, model: PyroProgram, guide: PyroProgram, *batch: Any, num_data: int | None = None
+) -> nn.Module:
+    """Record objective, model and guide on a batch as a graph: ``stage(...)(*batch)`` is the loss.
+
+    The graph shares the parameters of model and guide, draws fresh noise at each call and is fixed to the batch's shapes.
+
+    Args:
+        objective: Any ``pyro.infer.ELBO`` that has ``differentiable_loss``.
+        model: The model.
+        guide: The guide.
+        *batch: A batch of the shapes that later calls use.
+        num_data: Rows of the whole data set, for a data plate that knows only its batch.
+
+    Returns:
+        A module whose call is the loss; the eager one, after a :class:`~pyro_aevb.errors.StagingWarning`, if the graph would
+        not give the same numbers.
+    """
+    module = ObjectiveModule(model, guide, objective, num_data=num_data, data_plate=getattr(objective, "data_plate", "auto"))
+    return record(module.build(*batch), *batch)
+
+
+def record(module: nn.Module, *inputs: Tensor) -> nn.Module:
+    """Record one run of a module as a graph, and return it if its loss and gradients are those of an eager run.
+
+    Args:
+        module: A module that returns a scalar.
+        *inputs: Tensors to record with; later calls must have their shapes.
+    """
+    with preserved_rng():
+        module(*inputs)
+    try:
+        with preserved_state([module], evaluate=False), pyro.validation_enabled(False):
+            graph = torch.export.export(module, inputs, strict=False).module()
+    except Exception as error:  # noqa: BLE001  torch.export raises errors of many kinds, each of which means the same here
+        return _eager(module, f"it can't be recorded ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})")
+    reason = _difference(module, graph, inputs)
+    return _eager(module, reason) if reason else graph
+
+
+def _eager(module: nn.Module, reason: str) -> nn.Module:
+    warnings.warn(f"The program runs eagerly: {reason}. The numbers are the same, steps are slower.", StagingWarning, stacklevel=4)
+    return module
+
+
+def _difference(module: nn.Module, graph: nn.Module, inputs: tuple[Tensor, ...]) -> str:
+    """Compare loss and gradients of an eager and a recorded run under one seed; return what differs, or nothing."""
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    eager, recorded = (_loss_and_gradients(run, module, parameters, inputs) for run in (module, graph))
+    if isinstance(recorded, str):
+        return recorded
+    if not _is_close(eager[0], recorded[0]):
+        return f"the recorded loss is {recorded[0].item():.6g}, the eager one {eager[0].item():.6g}"
+    for name, a, b in zip(names, eager[1], recorded[1], strict=True):
+        if (a is None) != (b is None) or (a is not None and not _is_close(a, b)):
+            return f"the recorded gradient of parameter {name!r} is not the eager one"
+    return ""
+
+
+def _loss_and_gradients(
+    run: nn.Module, module: nn.Module, parameters: tuple[nn.Parameter, ...], inputs: tuple[Tensor, ...]
+) -> Any:
+    with preserved_state([module], evaluate=False), pyro.validation_enabled(False):
+        torch.manual_seed(0)
+        try:
+            loss = run(*inputs)
+            return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+        except RuntimeError as error:
+            return f"the recorded run failed ({str(error).strip().splitlines()[0][:200]})"
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    """Hold recorded numbers against eager ones: rtol 1e-5 in float32, 1e-10 in float64, relative to the largest entry."""
+    if a.shape != b.shape:
+        return False
+    tolerance = 1e-5 if a.dtype == torch.float32 else 1e-10
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()) if a.numel() else 0.0, equal_nan=True)
