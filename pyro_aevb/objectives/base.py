@@ -1,5 +1,6 @@
 """What every objective is: a reduction of log-weights with an estimator of its gradient, and a ``pyro.infer.ELBO``."""
 
+import copy
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -85,6 +86,11 @@ class Objective(ELBO):
             self._prepared = (key, program)
         return self._prepared[1]
 
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments as JSON values; a schedule is left out."""
+
     @abstractmethod
     def _prepare(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> None:
         """Check and plan once for a pair of model and guide."""
@@ -92,6 +98,24 @@ class Objective(ELBO):
     @abstractmethod
     def _evaluate(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> Evaluation:
         """Draw once and return loss and bounds."""
+
+    def with_data_plate(self, data_plate: str | None) -> "Objective":
+        """Return this objective for another data plate.
+
+        Raises:
+            SettingError: If it was made for yet another one.
+        """
+        if data_plate in ("auto", self.data_plate):
+            return self
+        if self.data_plate != "auto":
+            raise SettingError(f"The objective has data_plate={self.data_plate!r}, the wrapper {data_plate!r}. Give it once.")
+        changed = copy.copy(self)
+        changed.data_plate, changed._prepared = data_plate, None
+        return changed
+
+    def __repr__(self) -> str:
+        """Return the constructor's call."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings.items())})"
 
     def set_step(self, step: int) -> None:
         """Tell the objective the number of optimisation steps done, for schedules; :func:`pyro_aevb.fit` does."""

@@ -1,6 +1,6 @@
 """The importance-weighted bound of Burda et al. (arXiv 1509.00519), per row, with two estimators of its gradient."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,6 +66,12 @@ class IWELBO(Objective):
         check_choice("gradient", gradient, ("reparam", "dreg"))
         self.num_importance_samples = num_importance_samples
         self.gradient = gradient
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments as JSON values."""
+        names = ("num_importance_samples", "num_particles", "gradient", "data_plate")
+        return {name: getattr(self, name) for name in names}
 
     def _prepare(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> None:
         program.check_gradient(self.gradient)

@@ -109,6 +109,12 @@ class SGVB(Objective):
         self.state.register_buffer("kl_weight", torch.tensor(float(initial)), persistent=False)
         self._plan = KLPlan()
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments as JSON values; a schedule is left out."""
+        names = ("num_particles", "kl", "gradient", "kl_weight", "free_bits", "data_plate")
+        return {name: getattr(self, name) for name in names if not callable(getattr(self, name))}
+
     def set_step(self, step: int) -> None:
         """Set the KL weight of a schedule."""
         if callable(self.kl_weight):

@@ -19,7 +19,7 @@ from pyro_aevb.program.particles import ParticleAxes, SiteRecord, module_ranks, 
 from pyro_aevb.program.structure import Structure, prior_parents, read_structure
 from pyro_aevb.weights import LatentTerm, ObservedTerm, Terms
 
-__all__ = ["ImportanceProgram", "Records"]
+__all__ = ["ImportanceProgram", "Records", "find_non_finite"]
 
 Records = dict[str, SiteRecord]
 """Sample sites of one run under particle axes, by name."""
@@ -34,6 +34,7 @@ class ImportanceProgram:
         args: A batch to read the structure from, as positional arguments.
         kwargs: A batch to read the structure from, as keyword arguments.
         data_plate: As in :func:`~pyro_aevb.program.structure.read_structure`.
+        structure: The model's structure, if it was read before.
 
     Attributes:
         structure: The model's structure.
@@ -45,12 +46,19 @@ class ImportanceProgram:
     """
 
     def __init__(
-        self, model: PyroProgram, guide: PyroProgram, args: Args, kwargs: Kwargs, *, data_plate: str | None = "auto"
+        self,
+        model: PyroProgram,
+        guide: PyroProgram,
+        args: Args,
+        kwargs: Kwargs,
+        *,
+        data_plate: str | None = "auto",
+        structure: Structure | None = None,
     ) -> None:
         self.model = model
         self.guide = guide
         self.modules = find_modules(model, guide)
-        self.structure: Structure = read_structure(model, args, kwargs, guide=guide, data_plate=data_plate)
+        self.structure = structure or read_structure(model, args, kwargs, guide=guide, data_plate=data_plate)
         with preserved_state(self.modules):
             self.guide_sites: Records = run_program(guide, self.structure, ParticleAxes(), args, kwargs)
         _check_guide(self.structure, self.guide_sites)
@@ -85,6 +93,11 @@ class ImportanceProgram:
     def score_model(self, args: Args, kwargs: Kwargs, axes: ParticleAxes, values: Values) -> Records:
         """Weigh given values under the model."""
         return run_program(self.model, self.structure, axes, args, kwargs, values=values, ranks=self._ranks)
+
+    def simulate_model(self, args: Args, kwargs: Kwargs, axes: ParticleAxes, values: Values) -> Records:
+        """Draw the model's observed sites given values of its latents."""
+        program = poutine.uncondition(self.model)
+        return run_program(program, self.structure, axes, args, kwargs, values=values, ranks=self._ranks)
 
     def terms(self, model: Records, guide: Records, axes: ParticleAxes, kl_sites: Collection[str] = ()) -> Terms:
         """Join the records of model and guide, site by site.
@@ -179,23 +192,6 @@ class ImportanceProgram:
                     f"{gradient!r} is biased. Use gradient='reparam', or a family of fixed support.",
                     site=name,
                 )
-
-    def find_non_finite(self, args: Args, kwargs: Kwargs) -> NonFiniteError | None:
-        """Run once more and name the first site, guide before model, whose log density is NaN or infinite."""
-        with preserved_state(self.modules, evaluate=False), torch.no_grad():
-            axes = ParticleAxes()
-            guide = self.sample_guide(args, kwargs, axes)
-            model = self.score_model(args, kwargs, axes, {name: site.value for name, site in guide.items()})
-        for program, records in (("guide", guide), ("model", model)):
-            for name, site in records.items():
-                if not torch.isfinite(site.log_prob).all():
-                    count = int((~torch.isfinite(site.log_prob)).sum())
-                    return NonFiniteError(
-                        f"The {program}'s log density at site {name!r} is NaN or infinite in {count} of {site.log_prob.numel()} "
-                        f"entries. Look at the data and the parameters that reach this site.",
-                        site=name,
-                    )
-        return None
 
     def _try_vectorizing(self, key: tuple[bool, bool]) -> bool:
         """Compare a run under particle plates with runs without, particle by particle."""
@@ -370,3 +366,23 @@ def _is_inside(fn: Any, support: torch.distributions.constraints.Constraint, num
     with torch.random.fork_rng(), torch.no_grad():
         draws = fn.sample((num_draws,)) if not isinstance(fn, Delta) else fn.sample()
     return bool(support.check(draws).all())
+
+
+def find_non_finite(
+    model: PyroProgram, guide: PyroProgram, structure: Structure, args: Args, kwargs: Kwargs
+) -> NonFiniteError | None:
+    """Run once and name the first site, guide before model, whose log density is NaN or infinite, where there is one."""
+    with preserved_state(find_modules(model, guide), evaluate=False), torch.no_grad():
+        guide_sites = run_program(guide, structure, ParticleAxes(), args, kwargs)
+        values = {name: site.value for name, site in guide_sites.items()}
+        model_sites = run_program(model, structure, ParticleAxes(), args, kwargs, values=values)
+    for program, records in (("guide", guide_sites), ("model", model_sites)):
+        for name, site in records.items():
+            bad = ~torch.isfinite(site.log_prob)
+            if bad.any():
+                return NonFiniteError(
+                    f"The {program}'s log density at site {name!r} is NaN or infinite in {int(bad.sum())} of {bad.numel()} rows. "
+                    f"Look at the data and the parameters that reach this site.",
+                    site=name,
+                )
+    return None

@@ -27,7 +27,7 @@ from pyro_aevb._types import PyroProgram
 from pyro_aevb.errors import AEVBWarning, ParameterError
 from pyro_aevb.randomness import preserved_rng
 
-__all__ = ["Program", "detached_parameters", "find_modules", "preserved_buffers", "preserved_state"]
+__all__ = ["Program", "detached_parameters", "evaluating", "find_modules", "preserved_buffers", "preserved_state"]
 
 _LIBRARIES = ("torch", "pyro", "numpy", "builtins", "functools", "pyro_aevb")
 
@@ -115,18 +115,28 @@ def preserved_state(modules: Iterable[nn.Module], *, evaluate: bool = True) -> I
         modules: Modules whose buffers and modes are restored.
         evaluate: Whether to run the block in eval mode, so that BatchNorm accepts single rows and dropout is off.
     """
-    every = [module for root in modules for module in root.modules()]
-    modes = [module.training for module in every]
     store = pyro.get_param_store()
-    with preserved_buffers(modules), store.scope(state=store.get_state()), _isolated():
-        try:
-            if evaluate:
-                for module in every:
-                    module.training = False
-            yield
-        finally:
-            for module, mode in zip(every, modes, strict=True):
-                module.training = mode
+    with ExitStack() as stack:
+        stack.enter_context(preserved_buffers(modules))
+        stack.enter_context(store.scope(state=store.get_state()))
+        stack.enter_context(_isolated())
+        if evaluate:
+            stack.enter_context(evaluating(*modules))
+        yield
+
+
+@contextmanager
+def evaluating(*programs: PyroProgram) -> Iterator[None]:
+    """Run the modules that programs reach in eval mode inside the block."""
+    every = [module for root in find_modules(*programs) for module in root.modules()]
+    modes = [module.training for module in every]
+    try:
+        for module in every:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(every, modes, strict=True):
+            module.training = mode
 
 
 @contextmanager
@@ -323,6 +333,11 @@ class Program(nn.Module):
     def pyro_params(self) -> dict[str, Tensor]:
         """Return the values of ``pyro.param`` statements on constrained space, detached."""
         return {name: self.constrained(name).detach() for name in map(_unescape, self.parameters_by_name)}
+
+    @staticmethod
+    def key(name: str) -> str:
+        """Return the entry of ``state_dict`` that holds a ``pyro.param``."""
+        return f"parameters_by_name.{_escape(name)}"
 
     def restore_params(self, unconstrained: dict[str, Tensor]) -> None:
         """Make ``pyro.param`` values from saved unconstrained tensors, before the program has run."""

@@ -30,7 +30,7 @@ from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import ModelError
 from pyro_aevb.program.structure import ReplayValues, Structure, sample_sites
 
-__all__ = ["ParticleAxes", "SiteRecord", "module_ranks", "run_program"]
+__all__ = ["ParticleAxes", "SiteRecord", "as_draws", "module_ranks", "run_program"]
 
 _FIXED_RANK = (
     nn.modules.conv._ConvNd,
@@ -391,3 +391,21 @@ def _stack_site(runs: list[list[SiteRecord]], structure: Structure) -> SiteRecor
         data_scale=first.data_scale,
         reduce=reduce,
     )
+
+
+def as_draws(site: SiteRecord, structure: Structure) -> Tensor:
+    """Lay out a site's value as draws: ``[S, rows, inner plates, *event]``, outer plates first and axes of size 1 dropped.
+
+    A global site has no rows. Importance samples, of which there must be one, are dropped.
+    """
+    event_dim = site.fns[0].event_dim
+    nesting = structure.max_plate_nesting
+    value = _pad(site.value, 2 + nesting + event_dim).squeeze(1)
+    event = value.shape[1 + nesting :]
+    if not site.is_local or structure.data_dim is None:
+        inner = [size for size in value.shape[1 : 1 + nesting] if size > 1]
+        return value.reshape(value.shape[0], *inner, *event)
+    rows = 1 + nesting + structure.data_dim
+    value = value.movedim(rows, 1)
+    inner = [size for size in value.shape[2 : 1 + nesting] if size > 1]
+    return value.reshape(*value.shape[:2], *inner, *event)

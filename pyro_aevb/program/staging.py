@@ -18,7 +18,7 @@ from pyro_aevb._types import PyroProgram
 from pyro_aevb.errors import ParameterError, StagingWarning
 from pyro_aevb.program.parameters import Program, preserved_state
 from pyro_aevb.program.scaling import DataPlateScale
-from pyro_aevb.program.structure import Structure, read_structure
+from pyro_aevb.program.structure import Structure, batch_rows, read_structure
 from pyro_aevb.randomness import preserved_rng
 
 __all__ = ["ObjectiveModule", "record", "stage"]
@@ -74,6 +74,34 @@ class ObjectiveModule(nn.Module):
             self.build(*args, **kwargs)
         with self.running():
             return self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
+
+    def loss_and_bound(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss on a batch and the bound in nats per row, detached.
+
+        For Pyro's own losses, which give no bound per row, that is minus the loss over the rows that it stands for.
+        """
+        evaluate = getattr(self.objective, "evaluate", None)
+        with self.running():
+            if evaluate is None:
+                loss = self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
+                return loss, -loss.detach() / (self.num_data or self._rows(args, kwargs))
+            loss, bounds = evaluate(self.model, self.guide, *args, **kwargs)
+        rows = bounds.local.shape[0]
+        return loss, bounds.total / (bounds.scale * max(rows, 1))
+
+    def held_out_bound(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the bound of rows that are not trained on, in nats per row: without the globals' part."""
+        evaluate = getattr(self.objective, "evaluate", None)
+        if evaluate is None:
+            with self.program.running():
+                loss = self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
+            return -loss / self._rows(args, kwargs)
+        with self.running():
+            return evaluate(self.model, self.guide, *args, **kwargs).bounds.local.mean()
+
+    @staticmethod
+    def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        return batch_rows(args, kwargs) or 1
 
     def running(self) -> Any:
         """Run model and guide with this module's parameters and scale."""

@@ -21,7 +21,7 @@ from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import AEVBError, DataError, ModelError, NonFiniteError
 from pyro_aevb.program.parameters import find_modules, preserved_state
 
-__all__ = ["ReplayValues", "Site", "Structure", "batch_rows", "describe_batch", "prior_parents", "read_structure", "sample_sites"]
+__all__ = ["ReplayValues", "Site", "Structure", "batch_rows", "describe_batch", "prior_parents", "read_structure", "sample_sites", "take_rows"]
 
 Nodes: TypeAlias = dict[str, dict[str, Any]]
 """Sample sites of a trace by name."""
@@ -137,6 +137,15 @@ def batch_rows(args: Args, kwargs: Kwargs) -> int | None:
     """Return the length of the first tensor argument, the number of rows that a batch offers; ``None`` without tensors."""
     tensors = (item for item in (*args, *kwargs.values()) if isinstance(item, Tensor) and item.dim() > 0)
     return next((len(tensor) for tensor in tensors), None)
+
+
+def take_rows(args: Args, kwargs: Kwargs, rows: slice | Tensor) -> tuple[Args, dict[str, Any]]:
+    """Take rows out of every tensor of a batch."""
+
+    def take(item: Any) -> Any:
+        return item[rows] if isinstance(item, Tensor) and item.dim() > 0 else item
+
+    return tuple(take(item) for item in args), {name: take(item) for name, item in kwargs.items()}
 
 
 def describe_batch(args: Args, kwargs: Kwargs) -> str:

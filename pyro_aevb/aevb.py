@@ -1,0 +1,280 @@
+"""The wrapper that a user meets: a model, a guide and an objective that belong together."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+
+from pyro_aevb._types import PyroProgram, Values
+from pyro_aevb.errors import GuideError, SettingError
+from pyro_aevb.evidence.importance import log_marginal
+from pyro_aevb.evidence.result import LogMarginal
+from pyro_aevb.objectives.base import Objective
+from pyro_aevb.objectives.importance_weighted import IWELBO
+from pyro_aevb.objectives.sgvb import SGVB
+from pyro_aevb.prediction import embed, posterior, predict, reconstruct, simulate
+from pyro_aevb.program.staging import ObjectiveModule
+from pyro_aevb.randomness import seeded
+from pyro_aevb.training.checkpoint import read_header, restore, save
+from pyro_aevb.training.data import Batch, as_batch, as_source
+from pyro_aevb.training.loop import FitResult, Stepper, default_optimizer, fit_module
+
+__all__ = ["AEVB"]
+
+OBJECTIVES: dict[str, type[Objective]] = {"SGVB": SGVB, "IWELBO": IWELBO}
+"""Objectives that a saved file can name."""
+
+
+class AEVB:
+    """Auto-Encoding Variational Bayes for a Pyro model: fit it, draw posteriors of new rows, weigh them.
+
+    Every method takes the batch that model and guide take and delegates to a public function of the same meaning.
+
+    Args:
+        model: A Pyro model written for a batch: a function, an ``nn.Module``, a ``PyroModule`` or a method of one.
+        guide: A guide with the model's arguments.
+        objective: What training maximizes, by default :class:`~pyro_aevb.SGVB`.
+        data_plate: Name of the plate whose indices are rows; ``"auto"`` for the plate called "data", else the only outermost
+            plate of the batch's rows; ``None`` for a model without rows.
+        num_data: Rows of the whole data set; by default those that ``fit`` gets.
+        compile: ``False``; programs run eagerly in this version.
+
+    Attributes:
+        model: The model, as given.
+        guide: The guide, as given.
+        objective: The objective.
+        result: The last fit's :class:`~pyro_aevb.training.loop.FitResult`, ``None`` before.
+
+    Raises:
+        GuideError: If no guide is given.
+        SettingError: If a setting is not allowed.
+
+    Example:
+        >>> from pyro_aevb import AEVB
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> class Guide(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.encoder = torch.nn.Linear(1, 2)
+        ...     def forward(self, x):
+        ...         loc, log_scale = self.encoder(x[..., None]).unbind(-1)
+        ...         with pyro.plate("data", len(x)):
+        ...             pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+        >>> vi = AEVB(model, Guide())
+        >>> result = vi.fit(torch.randn(500), num_epochs=40, learning_rate=0.02, seed=0, progress=False)
+        >>> z = vi.posterior(torch.tensor([-1.0, 1.0]), num_samples=2000, seed=0)["z"]
+        >>> z.shape, bool((z.mean(0) - torch.tensor([-0.5, 0.5])).abs().max() < 0.2)
+        (torch.Size([2000, 2]), True)
+    """
+
+    def __init__(
+        self,
+        model: PyroProgram,
+        guide: PyroProgram | None = None,
+        objective: ELBO | None = None,
+        *,
+        data_plate: str | None = "auto",
+        num_data: int | None = None,
+        compile: bool = False,  # noqa: A002  torch's own word
+    ) -> None:
+        if guide is None:
+            raise GuideError("AEVB needs a guide in this version: AEVB(model, guide). Automatic guides come later.")
+        if compile is not False:
+            raise SettingError(f"compile must be False in this version, got {compile!r}; pyro_aevb.stage records a graph.")
+        objective = objective if objective is not None else SGVB(data_plate=data_plate)
+        if isinstance(objective, Objective):
+            objective = objective.with_data_plate(data_plate)
+            data_plate = objective.data_plate
+        self.model = model
+        self.guide = guide
+        self.objective = objective
+        self.data_plate = data_plate
+        self.num_data = num_data
+        self.result: FitResult | None = None
+        self._module = ObjectiveModule(model, guide, objective, num_data=num_data, data_plate=data_plate)
+        self._stepper: Stepper | None = None
+        self._template: Batch | None = None
+
+    @property
+    def module(self) -> ObjectiveModule:
+        """Model, guide and objective as one ``nn.Module`` that holds every parameter; its call is the loss."""
+        return self._module
+
+    def fit(self, data: Any, **settings: Any) -> FitResult:
+        """Fit model and guide to data: :func:`pyro_aevb.training.loop.fit_module` lists the settings and errors.
+
+        Args:
+            data: A tensor, a tuple, list or mapping of tensors with rows on axis 0, a Dataset or a DataLoader.
+            **settings: ``num_epochs``, ``batch_size``, ``optimizer``, ``learning_rate``, ``schedule``, ``clip_norm``,
+                ``validation``, ``patience``, ``seed``, ``fabric``, ``max_skipped``, ``callbacks``, ``progress``.
+
+        Returns:
+            The history, in nats per row.
+        """
+        self._module.num_data = self.num_data
+        self._keep_template(as_source(data, settings.get("batch_size")).first())
+        self.result = fit_module(self._module, data, **settings)
+        return self.result
+
+    def partial_fit(self, *batch: Any, learning_rate: float = 1e-3, seed: int | None = None, **covariates: Any) -> float:
+        """Take one step of fused Adam on a batch; the optimizer's state is kept between calls.
+
+        Args:
+            *batch: Rows, as positional arguments of the model.
+            learning_rate: Of the first call; later calls keep it.
+            seed: Seed of the noise; the generators are left as they were.
+            **covariates: The batch's keyword arguments.
+
+        Returns:
+            The bound in nats per row; NaN if the step was skipped because loss or gradient was not finite.
+
+        Raises:
+            NonFiniteError: If too many steps in a row were skipped.
+            SettingError: If the model has globals and nothing says how many rows there are.
+        """
+        rows = self._rows(batch, covariates)
+        if self._stepper is None:
+            self._module.build(*rows.args, **rows.kwargs)
+            structure = self._module.structure
+            if structure is not None and structure.has_globals and structure.data_plate and self._module.num_data is None:
+                raise SettingError("The model has globals, which need to know how many rows there are: AEVB(..., num_data=...).")
+            self._stepper = Stepper(self._module, default_optimizer(learning_rate))
+            self._keep_template(rows)
+        with seeded(seed):
+            return self._stepper.step(rows)
+
+    def posterior(self, *batch: Any, num_samples: int = 1000, **settings: Any) -> Values:
+        """Draw the latents of rows, seen in training or not: :func:`pyro_aevb.prediction.posterior`.
+
+        Returns:
+            ``{site: [num_samples, rows, ...]}``, globals ``[num_samples, ...]``.
+        """
+        return self._call(posterior, batch, settings, num_samples=num_samples)
+
+    def predict(self, *batch: Any, num_samples: int = 100, **settings: Any) -> Values:
+        """Draw new observations from the posterior predictive of rows: :func:`pyro_aevb.prediction.predict`.
+
+        Returns:
+            ``{observed site: [num_samples, rows, ...]}``.
+        """
+        return self._call(predict, batch, settings, num_samples=num_samples)
+
+    def reconstruct(self, *batch: Any, **settings: Any) -> Values:
+        """Return E[x | z = median of q(z | x)]: :func:`pyro_aevb.prediction.reconstruct`.
+
+        Returns:
+            ``{observed site: [rows, ...]}``.
+        """
+        return self._call(reconstruct, batch, settings)
+
+    def embed(self, *batch: Any, **settings: Any) -> Values:
+        """Return the guide's median of each latent: :func:`pyro_aevb.prediction.embed`.
+
+        Returns:
+            ``{site: [rows, ...]}``, globals ``[...]``.
+        """
+        return self._call(embed, batch, settings)
+
+    def log_marginal(self, *batch: Any, method: str = "importance", **settings: Any) -> LogMarginal:
+        """Estimate log p(x) of each row with a standard error: :func:`pyro_aevb.log_marginal`."""
+        return self._call(log_marginal, batch, settings, method=method)
+
+    def simulate(self, *template: Any, num_rows: int | None = None, seed: int | None = None, **covariates: Any) -> Values:
+        """Draw latents and observations from the model: :func:`pyro_aevb.prediction.simulate`.
+
+        Args:
+            *template: A batch whose shapes and covariates are used; by default the first batch of the last fit.
+            num_rows: Rows to draw; the template's rows are recycled.
+            seed: Seed of the draws; the generators are left as they were.
+            **covariates: The template's keyword arguments.
+
+        Raises:
+            SettingError: If there is no template.
+        """
+        if not template and not covariates:
+            if self._template is None:
+                raise SettingError("simulate needs a batch as template, for its shapes and covariates; or fit first.")
+            template, covariates = self._template.args, self._template.kwargs
+        with self._running(template, covariates):
+            return simulate(self.model, *template, num_rows=num_rows, data_plate=self.data_plate, seed=seed, **covariates)
+
+    def to(self, device: torch.device | str) -> "AEVB":
+        """Move every parameter and buffer to a device; an optimizer's state is dropped."""
+        self._module.to(device)
+        self._stepper = None
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write parameters, buffers and the model's fingerprint to one safetensors file, atomically and without pickle.
+
+        Raises:
+            FileError: If the file can't be written; an old file is left as it was.
+        """
+        settings: dict[str, Any] = {"data_plate": self.data_plate, "objective": None}
+        if isinstance(self.objective, Objective):
+            settings["objective"] = [type(self.objective).__name__, self.objective.settings]
+        save(self._module, path, settings, self._template)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: PyroProgram, *, guide: PyroProgram | None = None, objective: ELBO | None = None
+    ) -> "AEVB":
+        """Read a saved file into a model and guide of the kind it was saved with.
+
+        Args:
+            path: The file.
+            model: The model; its parameters are overwritten.
+            guide: The guide; its parameters are overwritten.
+            objective: The objective; by default the saved one, with a schedule replaced by its constant default.
+
+        Raises:
+            FileError: If the file is damaged, of another version, or belongs to another model.
+        """
+        header = read_header(path)
+        if objective is None and header["objective"] is not None:
+            name, settings = header["objective"]
+            objective = OBJECTIVES[name](**settings)
+        loaded = cls(model, guide, objective, data_plate=header["data_plate"], num_data=header["num_data"])
+        restore(loaded._module, path, header)
+        return loaded
+
+    def __repr__(self) -> str:
+        """Tell what was read from the model, once it has run on a batch."""
+        structure = self._module.structure
+        lines = [f"AEVB(objective={self.objective!r})"]
+        if structure is None:
+            return lines[0] + "\n  not run on a batch yet: fit, or call a method with one"
+        lines += ["  " + line for line in str(structure).splitlines()]
+        count = sum(parameter.numel() for parameter in self._module.parameters())
+        lines.append(f"  {count:,} parameters, num_data={self._module.num_data}")
+        if self.result is not None:
+            lines.append(f"  {self.result!r}")
+        return "\n".join(lines)
+
+    def _keep_template(self, batch: Batch) -> None:
+        self._template = Batch(tuple(item.clone() for item in batch.args), {n: item.clone() for n, item in batch.kwargs.items()})
+
+    def _rows(self, batch: tuple[Any, ...], covariates: dict[str, Any]) -> Batch:
+        """Accept numpy arrays and put tensors on the parameters' device."""
+        args, kwargs = as_batch(batch).args, as_batch(covariates).kwargs
+        device = next((parameter.device for parameter in self._module.program.parameters()), torch.device("cpu"))
+        return Batch(tuple(item.to(device) for item in args), {name: item.to(device) for name, item in kwargs.items()})
+
+    def _running(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run model and guide with this wrapper's parameters, made on first use."""
+        if not self._module.program.is_built:
+            self._module.build(*args, **kwargs)
+        return self._module.program.running()
+
+    def _call(self, function: Any, batch: tuple[Any, ...], settings: dict[str, Any], **fixed: Any) -> Any:
+        """Call a public function with this wrapper's model, guide, parameters and data plate."""
+        names = function.__kwdefaults__
+        covariates = {name: item for name, item in settings.items() if name not in names}
+        options = {name: item for name, item in settings.items() if name in names}
+        rows = self._rows(batch, covariates)
+        with self._running(rows.args, rows.kwargs):
+            return function(self.model, self.guide, *rows.args, data_plate=self.data_plate, **fixed, **options, **rows.kwargs)

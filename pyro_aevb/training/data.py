@@ -1,0 +1,190 @@
+"""Data in any of the accepted forms become batches: positional and keyword arguments of model and guide."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from pyro_aevb.errors import DataError, SettingError
+
+__all__ = ["Batch", "BatchSource", "as_source"]
+
+DEFAULT_BATCH_SIZE = 100
+"""M of arXiv 1312.6114, Algorithm 1."""
+
+
+class Batch(NamedTuple):
+    """Arguments of one call of model and guide.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows: the length of the first tensor, 0 without tensors."""
+        tensors = (item for item in (*self.args, *self.kwargs.values()) if isinstance(item, Tensor) and item.dim() > 0)
+        return next((len(tensor) for tensor in tensors), 0)
+
+
+class BatchSource(ABC):
+    """Rows that can be passed through in batches, several times.
+
+    Attributes:
+        num_rows: Number of rows; ``None`` for a stream.
+        batch_size: Rows in a batch, the last one may be shorter.
+    """
+
+    num_rows: int | None
+    batch_size: int | None
+
+    @abstractmethod
+    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """Yield the batches of one epoch, shuffled if there is a generator."""
+
+    @abstractmethod
+    def num_batches(self) -> int | None:
+        """Number of batches in an epoch; ``None`` for a stream."""
+
+    def first(self) -> Batch:
+        """Return the first batch, in the given order."""
+        batch = next(iter(self.batches()), None)
+        if batch is None or batch.rows == 0:
+            raise DataError("The data are empty: expected at least one row.")
+        return batch
+
+    def whole(self) -> Batch | None:
+        """Return all rows as one batch, where they are in memory."""
+        return None
+
+
+class TensorSource(BatchSource):
+    """Tensors with rows on axis 0, in their own dtype, gathered by index."""
+
+    def __init__(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], batch_size: int | None) -> None:
+        lengths = {name: _length(name, tensor) for name, tensor in [*enumerate(args), *kwargs.items()]}
+        if not lengths:
+            raise DataError("The data hold no tensors.")
+        if len(set(lengths.values())) > 1:
+            raise DataError(f"Every tensor has rows on axis 0 and as many of them, got lengths {lengths}.")
+        self.num_rows: int = next(iter(lengths.values()))
+        if self.num_rows == 0:
+            raise DataError("The data are empty: expected at least one row.")
+        self.args = args
+        self.kwargs = kwargs
+        self.batch_size: int = check_batch_size(batch_size, self.num_rows)
+
+    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """Yield the batches of one epoch, shuffled if there is a generator."""
+        order = None if generator is None else torch.randperm(self.num_rows, generator=generator)
+        for start in range(0, self.num_rows, self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            yield self._take(rows if order is None else order[rows])
+
+    def _take(self, rows: slice | Tensor) -> Batch:
+        args = tuple(tensor[_on(rows, tensor)] for tensor in self.args)
+        return Batch(args, {name: tensor[_on(rows, tensor)] for name, tensor in self.kwargs.items()})
+
+    def num_batches(self) -> int:
+        """Number of batches in an epoch."""
+        return -(-self.num_rows // self.batch_size)
+
+    def whole(self) -> Batch:
+        """Return all rows as one batch."""
+        return Batch(self.args, self.kwargs)
+
+
+class LoaderSource(BatchSource):
+    """A ``DataLoader``, or a ``Dataset`` that gets one."""
+
+    def __init__(self, data: DataLoader[Any] | Dataset[Any], batch_size: int | None) -> None:
+        self.is_given = isinstance(data, DataLoader)
+        if self.is_given and batch_size is not None:
+            raise SettingError(f"A DataLoader has its own batch size; leave batch_size={batch_size} out.")
+        dataset = data.dataset if isinstance(data, DataLoader) else data
+        is_stream = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
+        self.num_rows = None if is_stream else len(dataset)  # type: ignore[arg-type]
+        if self.num_rows == 0:
+            raise DataError("The data are empty: expected at least one row.")
+        self.data = data
+        self.is_stream = is_stream
+        rows = self.num_rows if self.num_rows is not None else batch_size or DEFAULT_BATCH_SIZE
+        self.batch_size = data.batch_size if isinstance(data, DataLoader) else check_batch_size(batch_size, rows)
+
+    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """Yield the batches of one epoch; a given loader keeps its own order."""
+        loader: DataLoader[Any] | Dataset[Any] = self.data
+        if not isinstance(loader, DataLoader):
+            shuffle = generator is not None and not self.is_stream
+            loader = DataLoader(loader, self.batch_size, shuffle=shuffle, generator=generator if shuffle else None)
+        for item in loader:
+            yield as_batch(item)
+
+    def num_batches(self) -> int | None:
+        """Number of batches in an epoch; ``None`` for a stream."""
+        if isinstance(self.data, DataLoader) and not self.is_stream:
+            return len(self.data)
+        return None if self.num_rows is None or self.batch_size is None else -(-self.num_rows // self.batch_size)
+
+
+def as_source(data: Any, batch_size: int | None = None) -> BatchSource:
+    """Accept a tensor, a tuple or list of tensors, a mapping, numpy arrays, a Dataset or a DataLoader.
+
+    A tensor becomes ``model(x)``, a tuple or list ``model(*batch)``, a mapping ``model(**batch)``; every tensor has rows on
+    axis 0.
+
+    Raises:
+        DataError: If the data are of another type, empty, or of unequal lengths.
+        SettingError: If the batch size is not between 1 and the number of rows.
+    """
+    if isinstance(data, (DataLoader, Dataset)):
+        return LoaderSource(data, batch_size)
+    batch = as_batch(data)
+    return TensorSource(batch.args, batch.kwargs, batch_size)
+
+
+def as_batch(data: Any) -> Batch:
+    """Turn one batch in any form to arguments; numpy arrays become tensors that share their memory."""
+    if isinstance(data, Mapping):
+        return Batch((), {name: _as_tensor(name, item) for name, item in data.items()})
+    if isinstance(data, (tuple, list)):
+        return Batch(tuple(_as_tensor(index, item) for index, item in enumerate(data)), {})
+    return Batch((_as_tensor(0, data),), {})
+
+
+def _as_tensor(name: int | str, item: Any) -> Tensor:
+    if isinstance(item, Tensor):
+        return item
+    if isinstance(item, np.ndarray):
+        return torch.from_numpy(item)
+    raise DataError(
+        f"Expected a tensor or a numpy array for argument {name}, got {type(item).__name__}. Bind constants to the model with "
+        f"functools.partial."
+    )
+
+
+def _length(name: int | str, tensor: Tensor) -> int:
+    if tensor.dim() == 0:
+        raise DataError(f"Argument {name} is a single number; every tensor has rows on axis 0. Bind it with functools.partial.")
+    return len(tensor)
+
+
+def check_batch_size(batch_size: int | None, num_rows: int) -> int:
+    """Return the batch size, the paper's 100 where none is given."""
+    if batch_size is None:
+        return min(DEFAULT_BATCH_SIZE, num_rows)
+    if not 1 <= batch_size <= num_rows:
+        raise SettingError(f"batch_size must lie between 1 and the number of rows, {num_rows}; got {batch_size}.")
+    return batch_size
+
+
+def _on(rows: slice | Tensor, tensor: Tensor) -> slice | Tensor:
+    return rows.to(tensor.device) if isinstance(rows, Tensor) else rows

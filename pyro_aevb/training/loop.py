@@ -1,0 +1,524 @@
+"""Fit model and guide to data: Algorithm 1 of arXiv 1312.6114 on Lightning Fabric's devices."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from tqdm import tqdm
+
+from pyro_aevb._types import PyroProgram
+from pyro_aevb.errors import AEVBError, AEVBWarning, DataError, NonFiniteError, ParameterError, SettingError
+from pyro_aevb.program.importance import find_non_finite
+from pyro_aevb.program.staging import ObjectiveModule
+from pyro_aevb.randomness import seeded
+from pyro_aevb.training.data import Batch, BatchSource, as_source
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from lightning_fabric import Fabric
+
+__all__ = ["EpochEnd", "FitResult", "Stepper", "default_optimizer", "fit", "fit_module"]
+
+OptimizerMaker = Callable[[Iterable[nn.Parameter]], Optimizer]
+ScheduleMaker = Callable[[Optimizer], LRScheduler]
+
+
+@dataclass
+class FitResult:
+    """What happened during a fit.
+
+    Attributes:
+        history: One dict per epoch: ``epoch``, ``bound`` and ``validation_bound`` (nats per row), ``learning_rate``,
+            ``num_skipped``, ``seconds``.
+        num_steps: Optimisation steps taken.
+        num_skipped: Steps skipped because loss or gradient was not finite.
+        stopped_by: ``"epochs"``, ``"patience"``, ``"callback"`` or ``"interrupt"``.
+        best_epoch: Epoch of the best validation bound, whose state was restored if ``patience`` was given.
+        seconds_per_step: Mean wall-clock time of a step, validation left out.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    num_steps: int = 0
+    num_skipped: int = 0
+    stopped_by: str = "epochs"
+    best_epoch: int | None = None
+    seconds_per_step: float = float("nan")
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return the history as a data frame, one row per epoch."""
+        import pandas as pd
+
+        return pd.DataFrame(self.history)
+
+    def __repr__(self) -> str:
+        """Tell in one line how the fit went."""
+        if not self.history:
+            return f"FitResult(no epoch finished, stopped_by={self.stopped_by!r})"
+        last = self.history[-1]
+        bounds = ", ".join(f"{name} {last[name]:.2f}" for name in ("bound", "validation_bound") if name in last)
+        skipped = f", {self.num_skipped} skipped" if self.num_skipped else ""
+        return (
+            f"FitResult({bounds} nats per row after {len(self.history)} epochs, {self.num_steps} steps{skipped}, "
+            f"{1e3 * self.seconds_per_step:.2f} ms a step, stopped by {self.stopped_by})"
+        )
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """What a callback gets after each epoch; returning ``True`` from it ends the fit.
+
+    Attributes:
+        epoch: Epochs done.
+        record: The epoch's entry in the history, to which a callback may add.
+        module: Model, guide and objective.
+    """
+
+    epoch: int
+    record: dict[str, float]
+    module: ObjectiveModule
+
+
+class _LossAndBound(nn.Module):
+    """The module that Fabric wraps: its call returns the loss and the bound per row."""
+
+    def __init__(self, module: ObjectiveModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss over the data set and the bound in nats per row."""
+        return self.module.loss_and_bound(*batch.args, **batch.kwargs)
+
+
+class Stepper:
+    """One optimisation step at a time, with the optimizer's state between them.
+
+    Args:
+        module: Model, guide and objective, built.
+        optimizer: A callable of the parameters that returns an optimizer.
+        clip_norm: Largest norm of the gradient over all parameters.
+        fabric: Devices and processes; by default the device of the parameters.
+        max_skipped: Steps in a row that may be skipped because loss or gradient is not finite.
+
+    Raises:
+        ParameterError: If there is nothing to train.
+    """
+
+    def __init__(
+        self,
+        module: ObjectiveModule,
+        optimizer: OptimizerMaker,
+        *,
+        clip_norm: float | None = None,
+        fabric: "Fabric | None" = None,
+        max_skipped: int = 10,
+    ) -> None:
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not self.parameters:
+            raise ParameterError(
+                "Model and guide have no parameters to train. Register networks with pyro.module, make them attributes of the "
+                "model's or the guide's nn.Module, or use pyro.param."
+            )
+        self.module = module
+        self.fabric = fabric or _default_fabric(self.parameters[0].device)
+        self.optimizer: Optimizer
+        self.wrapped, self.optimizer = self.fabric.setup(_LossAndBound(module), optimizer(self.parameters))
+        self.clip_norm = clip_norm
+        self.max_skipped = max_skipped
+        self.num_steps = 0
+        self.num_skipped = 0
+        self._skipped_in_a_row = 0
+
+    def step(self, batch: Batch) -> float:
+        """Take one step and return the bound in nats per row; NaN if the step was skipped.
+
+        Raises:
+            NonFiniteError: If too many steps in a row were skipped; parameters are those of the last good step.
+        """
+        objective = self.module.objective
+        if hasattr(objective, "set_step"):
+            objective.set_step(self.num_steps)
+        loss, bound = self.wrapped(self.fabric.to_device(batch))
+        self.optimizer.zero_grad()
+        is_finite = bool(torch.isfinite(loss))
+        if is_finite:
+            self.fabric.backward(loss)
+            is_finite = self._clip()
+        if not is_finite:
+            self._skip(batch)
+            return float("nan")
+        self.optimizer.step()
+        self.num_steps += 1
+        self._skipped_in_a_row = 0
+        return float(bound)
+
+    def _clip(self) -> bool:
+        """Clip the gradient and tell whether it is finite."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        return bool(torch.isfinite(norm))
+
+    def _skip(self, batch: Batch) -> None:
+        self.num_skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row <= self.max_skipped:
+            return
+        found = _find_non_finite(self.module, batch)
+        site = found.site if found else None
+        what = str(found) if found else "Every density is finite, so it is the gradient that is not: look for sqrt or log of 0."
+        raise NonFiniteError(
+            f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is NaN or infinite. {what} The parameters are "
+            f"those of the last good step.",
+            site=site,
+            num_skipped=self.num_skipped,
+        )
+
+
+def _default_fabric(device: torch.device) -> "Fabric":
+    """Return a Fabric of one process on the device where the parameters are."""
+    from lightning_fabric import Fabric
+
+    devices: Any = 1 if device.index is None else [device.index]
+    return Fabric(accelerator=device.type, devices=devices)
+
+
+def _find_non_finite(module: ObjectiveModule, batch: Batch) -> NonFiniteError | None:
+    """Name the first site of a batch whose log density is not finite, where there is one."""
+    if module.structure is None:
+        return None
+    with module.running(), pyro.validation_enabled(False):
+        return find_non_finite(module.model, module.guide, module.structure, *batch)
+
+
+def fit(
+    model: PyroProgram,
+    guide: PyroProgram,
+    objective: ELBO,
+    data: Any,
+    *,
+    num_data: int | None = None,
+    data_plate: str | None = "auto",
+    **settings: Any,
+) -> FitResult:
+    """Fit model and guide to data, for users who do without :class:`~pyro_aevb.AEVB`.
+
+    Args:
+        model: The model.
+        guide: The guide; Pyro's AutoGuides are guides too.
+        objective: :class:`~pyro_aevb.SGVB`, :class:`~pyro_aevb.IWELBO`, or a loss of Pyro's that has ``differentiable_loss``.
+        data: A tensor, a tuple, list or mapping of tensors (or numpy arrays) with rows on axis 0, a Dataset or a DataLoader.
+        num_data: Rows of the whole data set; by default those of ``data``.
+        data_plate: Name of the plate whose indices are rows, ``"auto"`` or ``None`` (no rows: every step gets all data).
+        **settings: The settings of :func:`fit_module`.
+
+    Returns:
+        The history. Parameters are trained in place, in modules; values of ``pyro.param`` are written to the global param
+        store, where a name that something else holds is left alone.
+
+    Raises:
+        SettingError: If a setting is out of range or the objective has no ``differentiable_loss``.
+        DataError: If the data are empty or hold NaN or infinity where a density reads them.
+        ModelError: If the model is not supported.
+        GuideError: If the guide does not fit the model.
+        NonFiniteError: If the loss stays NaN or infinite.
+
+    Example:
+        >>> from pyro_aevb import SGVB, fit
+        >>> def model(x):
+        ...     loc = pyro.param("loc", torch.tensor(0.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(loc, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     a, b = pyro.param("a", torch.tensor(0.0)), pyro.param("b", torch.tensor(0.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(a + b * x, 0.7))
+        >>> x = 3.0 + 2**0.5 * torch.randn(1000)
+        >>> result = fit(model, guide, SGVB(), x, num_epochs=30, learning_rate=0.03, seed=0, progress=False)
+        >>> bool((pyro.param("loc") - x.mean()).abs() < 0.1)
+        True
+    """
+    plate = getattr(objective, "data_plate", "auto") if data_plate == "auto" else data_plate
+    module = ObjectiveModule(model, guide, objective, num_data=num_data, data_plate=plate)
+    return fit_module(module, data, **settings)
+
+
+def fit_module(
+    module: ObjectiveModule,
+    data: Any,
+    *,
+    num_epochs: int = 10,
+    batch_size: int | None = None,
+    optimizer: OptimizerMaker | None = None,
+    learning_rate: float | None = None,
+    schedule: ScheduleMaker | None = None,
+    clip_norm: float | None = None,
+    validation: Any = None,
+    patience: int | None = None,
+    seed: int | None = None,
+    fabric: "Fabric | None" = None,
+    max_skipped: int = 10,
+    callbacks: Sequence[Callable[[EpochEnd], bool | None]] = (),
+    progress: bool = True,
+) -> FitResult:
+    """Fit a module of model, guide and objective to data.
+
+    Args:
+        module: Model, guide and objective.
+        data: As in :func:`fit`.
+        num_epochs: Passes over the data.
+        batch_size: Rows in a batch, at most 100 by default.
+        optimizer: A callable of the parameters that returns a torch optimizer; by default fused Adam.
+        learning_rate: Of the default optimizer, 1e-3 by default.
+        schedule: A callable of the optimizer that returns a learning-rate scheduler, stepped after each epoch;
+            ``ReduceLROnPlateau`` gets minus the (validation) bound.
+        clip_norm: Largest norm of the gradient over all parameters.
+        validation: Held-out data in any form; their bound per row is taken after each epoch, under fixed noise, in eval mode,
+            without the globals' part.
+        patience: Epochs without a better validation bound after which the fit stops; the best state is restored then.
+        seed: Seed of everything random in the fit; the generators are left as they were.
+        fabric: A ``lightning_fabric.Fabric`` for devices and processes; by default the device of the parameters.
+        max_skipped: Steps in a row that may be skipped because loss or gradient is not finite.
+        callbacks: Called after each epoch with :class:`EpochEnd`; returning ``True`` ends the fit.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The history. Ctrl-C ends the fit with the last state and is told in ``stopped_by``.
+
+    Raises:
+        SettingError: If a setting is out of range.
+    """
+    _check_settings(module.objective, num_epochs, optimizer, learning_rate, patience, validation)
+    source = as_source(data, batch_size)
+    with seeded(seed):
+        source = _build(module, source, batch_size)
+        check_data(module, source)
+        make = optimizer or default_optimizer(learning_rate or 1e-3)
+        stepper = Stepper(module, make, clip_norm=clip_norm, fabric=fabric, max_skipped=max_skipped)
+        loop = _Loop(module, stepper, source, as_source(validation) if validation is not None else None)
+        loop.schedule = schedule(stepper.optimizer) if schedule else None
+        return loop.run(num_epochs, patience, callbacks, progress)
+
+
+def default_optimizer(learning_rate: float) -> OptimizerMaker:
+    """Return a maker of fused Adam (Kingma & Ba 2014, arXiv 1412.6980)."""
+    return lambda parameters: Adam(parameters, lr=learning_rate, fused=True)
+
+
+def _check_settings(
+    objective: ELBO,
+    num_epochs: int,
+    optimizer: OptimizerMaker | None,
+    learning_rate: float | None,
+    patience: int | None,
+    validation: Any,
+) -> None:
+    if not isinstance(objective, ELBO) or not hasattr(objective, "differentiable_loss"):
+        raise SettingError(
+            f"The objective {type(objective).__name__} has no differentiable_loss. Use SGVB or IWELBO of this package (IWELBO is "
+            f"the per-row bound that RenyiELBO means to be), or a loss of Pyro's such as Trace_ELBO."
+        )
+    if num_epochs < 1:
+        raise SettingError(f"num_epochs must be at least 1, got {num_epochs}.")
+    if optimizer is not None and learning_rate is not None:
+        raise SettingError("learning_rate belongs to the default optimizer; give it to your own with functools.partial.")
+    if learning_rate is not None and learning_rate <= 0:
+        raise SettingError(f"learning_rate must be positive, got {learning_rate}.")
+    if patience is not None and (patience < 1 or validation is None):
+        raise SettingError(f"patience needs validation data and must be at least 1, got {patience}.")
+
+
+def _build(module: ObjectiveModule, source: BatchSource, batch_size: int | None) -> BatchSource:
+    """Read the structure, make the parameters, and give a model that draws its own rows the whole data each step."""
+    batch = source.first()
+    try:
+        module.build(*batch.args, **batch.kwargs)
+    except AEVBError:
+        whole = source.whole()
+        if batch_size is not None or whole is None:
+            raise
+        module.build(*whole.args, **whole.kwargs)
+    structure = module.structure
+    if structure is None:
+        return source
+    if structure.draws_own_rows or structure.data_plate is None:
+        return _WholeSource(source, structure.full_size if structure.draws_own_rows else 1, structure.rows)
+    if structure.rows != batch.rows:
+        raise DataError(
+            f"The data plate {structure.data_plate!r} has {structure.rows} rows and the batch {batch.rows}. Size the plate by the "
+            f"batch, pyro.plate({structure.data_plate!r}, len(x)), or name another plate with data_plate='...'."
+        )
+    if module.num_data is None:
+        module.num_data = source.num_rows
+    if module.num_data is None and structure.has_globals:
+        raise SettingError(
+            f"A stream has no length, and the global latents {[site.name for site in structure.select('latent', is_local=False)]} "
+            f"need one to be weighed against its rows: give num_data=."
+        )
+    return source
+
+
+class _WholeSource(BatchSource):
+    """All rows at each step, for a model that draws its own rows or has none."""
+
+    def __init__(self, source: BatchSource, full_size: int, rows: int) -> None:
+        whole = source.whole()
+        if whole is None:
+            raise DataError("A model that draws its own rows, or has none, needs its data as tensors.")
+        self.batch = whole
+        self.num_rows = full_size
+        self.batch_size = rows
+
+    def batches(self, generator: torch.Generator | None = None) -> Iterable[Batch]:  # type: ignore[override]
+        """Yield all rows, as often as there are batches in an epoch."""
+        return iter([self.batch] * self.num_batches())
+
+    def num_batches(self) -> int:
+        """Number of steps in an epoch."""
+        return -(-self.num_rows // self.batch_size)
+
+
+def check_data(module: ObjectiveModule, source: BatchSource) -> None:
+    """Refuse NaN and infinity in data where they reach a density that no mask drops.
+
+    Raises:
+        DataError: Naming the argument, the first such row and the site.
+    """
+    whole = source.whole()
+    if whole is None or isinstance(source, _WholeSource):
+        return
+    for name, tensor in [*enumerate(whole.args), *whole.kwargs.items()]:
+        if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+            continue
+        bad = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.dim() > 1 else ~torch.isfinite(tensor)
+        row = int(bad.nonzero()[0, 0])
+        stop = min(row + (source.batch_size or 1), len(tensor))
+        rows = slice(max(0, stop - (source.batch_size or 1)), stop)
+        part = Batch(tuple(x[rows] for x in whole.args), {key: x[rows] for key, x in whole.kwargs.items()})
+        found = _find_non_finite(module, part)
+        if found is not None:
+            raise DataError(
+                f"The data hold NaN or infinity in argument {name}, first in row {row}, which reach the density of site "
+                f"{found.site!r}. Remove these rows, or mask the entries with obs_mask= or poutine.mask.",
+                site=found.site,
+            )
+
+
+class _Loop:
+    """Epochs over a source."""
+
+    def __init__(
+        self, module: ObjectiveModule, stepper: Stepper, source: BatchSource, validation: BatchSource | None
+    ) -> None:
+        self.module = module
+        self.stepper = stepper
+        self.source = source
+        self.validation = validation
+        self.schedule: LRScheduler | None = None
+        self.result = FitResult()
+        self._best: tuple[float, dict[str, Tensor]] | None = None
+        self._seconds = 0.0
+
+    def run(
+        self,
+        num_epochs: int,
+        patience: int | None,
+        callbacks: Sequence[Callable[[EpochEnd], bool | None]],
+        progress: bool,
+    ) -> FitResult:
+        """Train until the epochs are done, patience is spent, a callback says so, or Ctrl-C."""
+        steps = self.source.num_batches()
+        total = None if steps is None else steps * num_epochs
+        generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+        modes = [(module, module.training) for module in self.module.modules()]
+        try:
+            with tqdm(total=total, disable=not progress, unit="step", dynamic_ncols=True) as bar:
+                for epoch in range(1, num_epochs + 1):
+                    record = self._run_epoch(epoch, generator, bar)
+                    event = EpochEnd(epoch, record, self.module)
+                    if any([callback(event) is True for callback in callbacks]):
+                        self.result.stopped_by = "callback"
+                        break
+                    if patience is not None and epoch - (self.result.best_epoch or epoch) >= patience:
+                        self.result.stopped_by = "patience"
+                        break
+        except KeyboardInterrupt:
+            self.result.stopped_by = "interrupt"
+        finally:
+            self._finish(modes, restore_best=patience is not None)
+        return self.result
+
+    def _run_epoch(self, epoch: int, generator: torch.Generator, bar: "tqdm[Any]") -> dict[str, float]:
+        """Train for one epoch and record it."""
+        self.module.train()
+        start, skipped = time.perf_counter(), self.stepper.num_skipped
+        total, rows = 0.0, 0
+        with pyro.validation_enabled(False):
+            for batch in self.source.batches(generator):
+                bound = self.stepper.step(batch)
+                if bound == bound:
+                    total, rows = total + bound * batch.rows, rows + batch.rows
+                bar.update()
+                if bar.n % 10 == 0:
+                    bar.set_postfix_str(f"epoch {epoch}, bound {bound:.2f} nats a row", refresh=False)
+        seconds = time.perf_counter() - start
+        self._seconds += seconds
+        record = {"epoch": float(epoch), "bound": total / rows if rows else float("nan")}
+        if self.validation is not None:
+            record["validation_bound"] = self._validate(epoch)
+        record["learning_rate"] = float(self.stepper.optimizer.param_groups[0]["lr"])
+        record |= {"num_skipped": float(self.stepper.num_skipped - skipped), "seconds": seconds}
+        self.result.history.append(record)
+        self._step_schedule(record)
+        bar.set_postfix_str(
+            ", ".join(f"{name} {record[name]:.2f}" for name in ("epoch", "bound", "validation_bound") if name in record)
+        )
+        return record
+
+    def _validate(self, epoch: int) -> float:
+        """Return the bound per row of held-out data under fixed noise, and keep the best state."""
+        total, rows = 0.0, 0
+        self.module.eval()
+        with torch.no_grad(), seeded(0), pyro.validation_enabled(False):
+            for batch in self.validation.batches() if self.validation else ():
+                bound = self.module.held_out_bound(*self.stepper.fabric.to_device(batch).args, **batch.kwargs)
+                total, rows = total + float(bound) * batch.rows, rows + batch.rows
+        value = total / rows
+        if self._best is None or value > self._best[0]:
+            self._best = (value, {name: tensor.clone() for name, tensor in self.module.state_dict().items()})
+            self.result.best_epoch = epoch
+        return value
+
+    def _step_schedule(self, record: dict[str, float]) -> None:
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(-record.get("validation_bound", record["bound"]))
+        elif self.schedule is not None:
+            self.schedule.step()
+
+    def _finish(self, modes: list[tuple[nn.Module, bool]], *, restore_best: bool) -> None:
+        """Restore the best state and the modes, and publish ``pyro.param`` values."""
+        if restore_best and self._best is not None:
+            self.module.load_state_dict(self._best[1])
+        for module, mode in modes:
+            module.training = mode
+        self.result.num_steps = self.stepper.num_steps
+        self.result.num_skipped = self.stepper.num_skipped
+        self.result.seconds_per_step = self._seconds / max(1, self.stepper.num_steps + self.stepper.num_skipped)
+        self.module.program.write_param_store()
+        if self.result.num_skipped:
+            warnings.warn(
+                f"{self.result.num_skipped} of {self.stepper.num_steps + self.stepper.num_skipped} steps were skipped because the "
+                f"loss or its gradient was not finite.",
+                AEVBWarning,
+                stacklevel=5,
+            )
