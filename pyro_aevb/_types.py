@@ -10,12 +10,24 @@ from typing import Any, TypeAlias
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Args", "GlobalWeights", "Kwargs", "LocalWeights", "PerRow", "PyroProgram", "Scalar", "Values"]
+__all__ = [
+    "Args",
+    "GlobalWeights",
+    "Kwargs",
+    "LocalWeights",
+    "PerRow",
+    "PyroProgram",
+    "Scalar",
+    "SiteDistribution",
+    "Values",
+]
 
 Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = Mapping[str, Any]
 PyroProgram: TypeAlias = Callable[..., Any]
 """A Pyro program: a model or a guide."""
+SiteDistribution: TypeAlias = Any
+"""A distribution at a sample site: torch's ``Distribution`` with Pyro's mixin, which no one class joins."""
 Values: TypeAlias = dict[str, Tensor]
 """Values of sample sites by name."""
 

@@ -18,7 +18,8 @@ from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.randomness import seeded
 from pyro_aevb.training.checkpoint import read_header, restore, save
 from pyro_aevb.training.data import Batch, as_batch, as_source
-from pyro_aevb.training.loop import FitResult, Stepper, default_optimizer, fit_module
+from pyro_aevb.training.loop import FitResult, fit_module
+from pyro_aevb.training.stepper import Stepper, default_optimizer
 
 __all__ = ["AEVB"]
 
@@ -84,7 +85,9 @@ class AEVB:
         if guide is None:
             raise GuideError("AEVB needs a guide in this version: AEVB(model, guide). Automatic guides come later.")
         if compile is not False:
-            raise SettingError(f"compile must be False in this version, got {compile!r}; pyro_aevb.stage records a graph.")
+            raise SettingError(
+                f"compile must be False in this version, got {compile!r}; pyro_aevb.stage records a graph."
+            )
         objective = objective if objective is not None else SGVB(data_plate=data_plate)
         if isinstance(objective, Objective):
             objective = objective.with_data_plate(data_plate)
@@ -120,7 +123,9 @@ class AEVB:
         self.result = fit_module(self._module, data, **settings)
         return self.result
 
-    def partial_fit(self, *batch: Any, learning_rate: float = 1e-3, seed: int | None = None, **covariates: Any) -> float:
+    def partial_fit(
+        self, *batch: Any, learning_rate: float = 1e-3, seed: int | None = None, **covariates: Any
+    ) -> float:
         """Take one step of fused Adam on a batch; the optimizer's state is kept between calls.
 
         Args:
@@ -140,8 +145,15 @@ class AEVB:
         if self._stepper is None:
             self._module.build(*rows.args, **rows.kwargs)
             structure = self._module.structure
-            if structure is not None and structure.has_globals and structure.data_plate and self._module.num_data is None:
-                raise SettingError("The model has globals, which need to know how many rows there are: AEVB(..., num_data=...).")
+            if (
+                structure is not None
+                and structure.has_globals
+                and structure.data_plate
+                and self._module.num_data is None
+            ):
+                raise SettingError(
+                    "The model has globals, which need to know how many rows there are: AEVB(..., num_data=...)."
+                )
             self._stepper = Stepper(self._module, default_optimizer(learning_rate))
             self._keep_template(rows)
         with seeded(seed):
@@ -183,7 +195,9 @@ class AEVB:
         """Estimate log p(x) of each row with a standard error: :func:`pyro_aevb.log_marginal`."""
         return self._call(log_marginal, batch, settings, method=method)
 
-    def simulate(self, *template: Any, num_rows: int | None = None, seed: int | None = None, **covariates: Any) -> Values:
+    def simulate(
+        self, *template: Any, num_rows: int | None = None, seed: int | None = None, **covariates: Any
+    ) -> Values:
         """Draw latents and observations from the model: :func:`pyro_aevb.prediction.simulate`.
 
         Args:
@@ -200,7 +214,9 @@ class AEVB:
                 raise SettingError("simulate needs a batch as template, for its shapes and covariates; or fit first.")
             template, covariates = self._template.args, self._template.kwargs
         with self._running(template, covariates):
-            return simulate(self.model, *template, num_rows=num_rows, data_plate=self.data_plate, seed=seed, **covariates)
+            return simulate(
+                self.model, *template, num_rows=num_rows, data_plate=self.data_plate, seed=seed, **covariates
+            )
 
     def to(self, device: torch.device | str) -> "AEVB":
         """Move every parameter and buffer to a device; an optimizer's state is dropped."""
@@ -256,7 +272,9 @@ class AEVB:
         return "\n".join(lines)
 
     def _keep_template(self, batch: Batch) -> None:
-        self._template = Batch(tuple(item.clone() for item in batch.args), {n: item.clone() for n, item in batch.kwargs.items()})
+        self._template = Batch(
+            tuple(item.clone() for item in batch.args), {n: item.clone() for n, item in batch.kwargs.items()}
+        )
 
     def _rows(self, batch: tuple[Any, ...], covariates: dict[str, Any]) -> Batch:
         """Accept numpy arrays and put tensors on the parameters' device."""
@@ -277,4 +295,6 @@ class AEVB:
         options = {name: item for name, item in settings.items() if name in names}
         rows = self._rows(batch, covariates)
         with self._running(rows.args, rows.kwargs):
-            return function(self.model, self.guide, *rows.args, data_plate=self.data_plate, **fixed, **options, **rows.kwargs)
+            return function(
+                self.model, self.guide, *rows.args, data_plate=self.data_plate, **fixed, **options, **rows.kwargs
+            )

@@ -11,18 +11,18 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Distribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
+from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
 from pyro_aevb.errors import DataError, SettingError
+from pyro_aevb.program.batch import batch_rows, take_rows
 from pyro_aevb.program.importance import ImportanceProgram
 from pyro_aevb.program.parameters import evaluating
 from pyro_aevb.program.particles import ParticleAxes, SiteRecord, as_draws, run_program
-from pyro_aevb.program.structure import Structure, batch_rows, read_structure, take_rows
+from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.randomness import seeded
 
 __all__ = ["embed", "posterior", "predict", "reconstruct", "simulate"]
@@ -251,11 +251,12 @@ class _Medians(Messenger):
 
     def _pyro_sample(self, message: Message) -> None:
         if not message["is_observed"] and message["value"] is None and type(message["fn"]).__name__ != "_Subsample":
-            message["value"] = _median(message["fn"])
+            fn: SiteDistribution = message["fn"]
+            message["value"] = _median(fn)
             message["done"] = True
 
 
-def _median(fn: Distribution) -> Tensor:
+def _median(fn: SiteDistribution) -> Tensor:
     try:
         value = fn.icdf(torch.tensor(0.5))
         if value.shape == fn.batch_shape + fn.event_shape:
@@ -278,7 +279,8 @@ class _Means(Messenger):
         if message["name"] not in self.names:
             return
         try:
-            mean = message["fn"].mean
+            fn: SiteDistribution = message["fn"]
+            mean = fn.mean
         except NotImplementedError:
             return
         message["value"], message["done"] = mean, True

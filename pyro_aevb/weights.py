@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from pyro.distributions import Distribution
 from torch import Tensor
 
-from pyro_aevb._types import GlobalWeights, LocalWeights, PerRow, Scalar, Values
+from pyro_aevb._types import GlobalWeights, LocalWeights, PerRow, Scalar, SiteDistribution, Values
 
 __all__ = ["Bounds", "LatentTerm", "LogWeights", "ObservedTerm", "Terms", "log_mean_exp"]
 
@@ -54,8 +53,8 @@ class LatentTerm:
     log_p: Tensor
     log_q: Tensor
     kl: Tensor | None
-    p: tuple[Distribution, ...]
-    q: tuple[Distribution, ...]
+    p: tuple[SiteDistribution, ...]
+    q: tuple[SiteDistribution, ...]
 
     @property
     def negative_kl(self) -> Tensor:

@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"program"}),
     frozenset({"guides", "objectives", "mcmc"}),
     frozenset({"training", "evidence"}),
-    frozenset({"diagnostics", "imputation", "export", "plots"}),
+    frozenset({"diagnostics", "imputation", "prediction", "export", "plots"}),
     frozenset({"aevb"}),
     frozenset({"__init__"}),
     frozenset({"demo"}),

@@ -9,9 +9,10 @@ from tqdm import tqdm
 from pyro_aevb._types import Args, Kwargs, PyroProgram
 from pyro_aevb.errors import DataError, SettingError
 from pyro_aevb.evidence.result import LogMarginal, concatenate, from_log_weights
+from pyro_aevb.program.agreement import check_separable
+from pyro_aevb.program.batch import batch_rows, take_rows
 from pyro_aevb.program.importance import ImportanceProgram
 from pyro_aevb.program.parameters import evaluating
-from pyro_aevb.program.structure import batch_rows, take_rows
 from pyro_aevb.randomness import seeded
 
 __all__ = ["log_marginal"]
@@ -91,7 +92,7 @@ def log_marginal(
             raise SettingError(f"{name} must be at least 1, got {count}.")
     with seeded(seed), torch.no_grad(), evaluating(model, guide):
         estimator = _Importance(model, guide, batch, covariates, data_plate, (num_global_samples, num_samples))
-        result = estimator.run(chunk_size, progress)
+        result = estimator.run(chunk_size, progress=progress)
     result.warn_if_unreliable(stacklevel=3)
     return result
 
@@ -122,7 +123,7 @@ class _Importance:
         plain = "log p(x)" if structure.data_plate is not None else "joint log evidence"
         self.label = "log predictive under q(globals)" if has_globals else plain
 
-    def run(self, chunk_size: int | None, progress: bool) -> LogMarginal:
+    def run(self, chunk_size: int | None, *, progress: bool) -> LogMarginal:
         """Weigh every chunk and join the results."""
         if self.rows is None:
             return self._weigh(self.args, self.kwargs)
@@ -141,10 +142,9 @@ class _Importance:
         with pyro.validation_enabled(False):
             guide = program.sample_guide(args, kwargs, axes)
             model = program.score_model(args, kwargs, axes, {name: site.value for name, site in guide.items()})
-        program.check_separable("evidence", model | guide)
+        check_separable("evidence", model | guide, program.guide_sites)
         weights = program.terms(model, guide, axes).log_weights()
         local = weights.local
         if program.structure.data_plate is None:
             local = local + weights.global_[:, None, None]
         return from_log_weights(local, label=self.label)
-

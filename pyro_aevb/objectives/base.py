@@ -60,7 +60,7 @@ class Objective(ELBO):
         check_count("num_particles", num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.data_plate = data_plate
-        self.state = nn.Module()
+        self.state: nn.Module = nn.Module()
         self._prepared: tuple[Any, ImportanceProgram] | None = None
 
     def bounds(self, model: PyroProgram, guide: PyroProgram, *args: Any, **kwargs: Any) -> Bounds:
@@ -108,7 +108,9 @@ class Objective(ELBO):
         if data_plate in ("auto", self.data_plate):
             return self
         if self.data_plate != "auto":
-            raise SettingError(f"The objective has data_plate={self.data_plate!r}, the wrapper {data_plate!r}. Give it once.")
+            raise SettingError(
+                f"The objective has data_plate={self.data_plate!r}, the wrapper {data_plate!r}. Give it once."
+            )
         changed = copy.copy(self)
         changed.data_plate, changed._prepared = data_plate, None
         return changed
@@ -136,7 +138,7 @@ class Objective(ELBO):
             loss.backward()
         return loss.item()
 
-    def __call__(self, model: PyroProgram, guide: PyroProgram) -> ObjectiveModule:
+    def __call__(self, model: PyroProgram, guide: PyroProgram) -> ObjectiveModule:  # type: ignore[override]
         """Return model, guide and objective as one module whose call is the loss."""
         return ObjectiveModule(model, guide, self, data_plate=self.data_plate)
 

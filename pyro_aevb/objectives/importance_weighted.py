@@ -8,9 +8,10 @@ from torch import Tensor
 from pyro_aevb._types import Args, Kwargs
 from pyro_aevb.errors import SettingError
 from pyro_aevb.objectives.base import Evaluation, Objective, check_choice, check_count, with_value
-from pyro_aevb.program.importance import ImportanceProgram, Records
+from pyro_aevb.program.agreement import check_gradient, check_separable
+from pyro_aevb.program.importance import ImportanceProgram
 from pyro_aevb.program.parameters import preserved_buffers
-from pyro_aevb.program.particles import ParticleAxes
+from pyro_aevb.program.particles import ParticleAxes, Records
 from pyro_aevb.weights import Bounds, LogWeights, Terms
 
 __all__ = ["IWELBO"]
@@ -74,7 +75,7 @@ class IWELBO(Objective):
         return {name: getattr(self, name) for name in names}
 
     def _prepare(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> None:
-        program.check_gradient(self.gradient)
+        check_gradient(self.gradient, program.guide_sites)
 
     def _evaluate(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> Evaluation:
         axes = program.axes(self.num_particles, self.num_importance_samples)
@@ -87,7 +88,7 @@ class IWELBO(Objective):
         return Evaluation(-bounds.total, _detached(bounds))
 
     def _weights(self, program: ImportanceProgram, model: Records, guide: Records, axes: ParticleAxes) -> Terms:
-        program.check_separable("an importance-weighted bound", model | guide)
+        check_separable("an importance-weighted bound", model | guide, program.guide_sites)
         return program.terms(model, guide, axes)
 
     def _evaluate_dreg(
@@ -103,7 +104,9 @@ class IWELBO(Objective):
             fixed = self._weights(program, program.score_model(args, kwargs, axes, values), guide, axes).log_weights()
         normalized = torch.softmax(fixed.local, 1)
         slowed = {
-            name: _scale_gradient(site.value, _as_value(normalized, site.value, program, name)) if site.is_local else site.value
+            name: _scale_gradient(site.value, _as_value(normalized, site.value, program, name))
+            if site.is_local
+            else site.value
             for name, site in guide.items()
         }
         model = program.score_model(args, kwargs, axes, slowed)
@@ -134,4 +137,8 @@ def _as_value(weights: Tensor, value: Tensor, program: ImportanceProgram, name: 
     if structure.data_dim is not None:
         plates[structure.data_dim] = weights.shape[2]
     shaped = weights.reshape(*weights.shape[:2], *plates, *(1,) * event_dim)
-    return shaped[0, 0].reshape(shaped.shape[2 + shaped.dim() - 2 - value.dim() :]) if value.dim() < shaped.dim() else shaped
+    return (
+        shaped[0, 0].reshape(shaped.shape[2 + shaped.dim() - 2 - value.dim() :])
+        if value.dim() < shaped.dim()
+        else shaped
+    )

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram
 from pyro_aevb.errors import GuideError, SettingError
 from pyro_aevb.objectives.base import Evaluation, Objective, check_choice, with_value
-from pyro_aevb.program.importance import ImportanceProgram, Records
+from pyro_aevb.program.agreement import check_gradient
+from pyro_aevb.program.importance import ImportanceProgram
+from pyro_aevb.program.particles import Records
 from pyro_aevb.weights import Bounds, LatentTerm, Terms
 
 __all__ = ["SGVB", "KLChoice", "KLPlan"]
@@ -41,6 +43,16 @@ class KLPlan(dict[str, KLChoice]):
         return "\n".join(f"{name:{width}}  {choice.estimator}  {choice.reason}" for name, choice in self.items())
 
     __repr__ = __str__
+
+
+class _KLWeight(nn.Module):
+    """The KL weight as a buffer, so that a recorded graph reads its present value instead of freezing it."""
+
+    kl_weight: Tensor
+
+    def __init__(self, initial: float) -> None:
+        super().__init__()
+        self.register_buffer("kl_weight", torch.tensor(initial), persistent=False)
 
 
 class SGVB(Objective):
@@ -97,16 +109,17 @@ class SGVB(Objective):
         check_choice("kl", kl, ("auto", "sampled", "analytic"))
         check_choice("gradient", gradient, ("reparam", "stl", "score"))
         if kl == "analytic" and gradient != "reparam":
-            raise SettingError(f"kl='analytic' has no log q to differentiate, got gradient={gradient!r}. Use kl='sampled'.")
+            raise SettingError(
+                f"kl='analytic' has no log q to differentiate, got gradient={gradient!r}. Use kl='sampled'."
+            )
         if free_bits < 0 or (not callable(kl_weight) and kl_weight < 0):
             raise SettingError(f"kl_weight and free_bits must be at least 0, got {kl_weight!r} and {free_bits!r}.")
         self.kl = kl
         self.gradient = gradient
         self.kl_weight = kl_weight
         self.free_bits = free_bits
-        # a buffer, so that a recorded graph reads its present value instead of freezing it
         initial = kl_weight(0) if callable(kl_weight) else kl_weight
-        self.state.register_buffer("kl_weight", torch.tensor(float(initial)), persistent=False)
+        self.state: _KLWeight = _KLWeight(float(initial))
         self._plan = KLPlan()
 
     @property
@@ -117,8 +130,9 @@ class SGVB(Objective):
 
     def set_step(self, step: int) -> None:
         """Set the KL weight of a schedule."""
-        if callable(self.kl_weight):
-            self.state.kl_weight.fill_(float(self.kl_weight(step)))
+        schedule = self.kl_weight
+        if callable(schedule):
+            self.state.kl_weight.fill_(float(schedule(step)))
 
     def explain(self, model: PyroProgram, guide: PyroProgram, *args: Any, **kwargs: Any) -> KLPlan:
         """Say for each latent site whether estimator A or B is used, and why."""
@@ -126,10 +140,12 @@ class SGVB(Objective):
         return self._plan
 
     def _prepare(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> None:
-        program.check_gradient(self.gradient)
+        check_gradient(self.gradient, program.guide_sites)
         self._plan = _plan_kl(program, args, kwargs, self.kl, self.gradient)
         if self.free_bits and any(site.is_auxiliary for site in program.guide_sites.values()):
-            raise GuideError("free_bits counts the KL of each latent site, but this guide shares auxiliary sites between them.")
+            raise GuideError(
+                "free_bits counts the KL of each latent site, but this guide shares auxiliary sites between them."
+            )
 
     def _evaluate(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> Evaluation:
         if self.gradient == "score":
@@ -184,15 +200,15 @@ class SGVB(Objective):
         """Return a scalar whose gradient is the score-function estimator of q's and the plain one of p's parameters."""
         weight = self.state.kl_weight.to(terms.like)
 
-        def split(is_local: bool) -> tuple[Tensor, Tensor, Tensor]:
+        def split(*, is_local: bool) -> tuple[Tensor, Tensor, Tensor]:
             add = terms.sum_local if is_local else terms.sum_global
             observed = add([site.log_p for site in terms.observed if site.is_local == is_local])
             log_p = add([latent.log_p for latent in terms.latents if latent.is_local == is_local])
             log_q = add([latent.log_q for latent in terms.latents if latent.is_local == is_local])
             return observed + weight * log_p, log_q, observed + weight * (log_p - log_q)
 
-        log_p, log_q, cost = split(True)
-        global_log_p, global_log_q, global_cost = split(False)
+        log_p, log_q, cost = split(is_local=True)
+        global_log_p, global_log_q, global_cost = split(is_local=False)
         # locals are drawn given the globals, so that a global's score is multiplied by everything
         total_cost = (global_cost + terms.scale * cost.sum((1, 2)) / terms.shape[1]).detach()
         rows = (log_p + cost.detach() * log_q).mean((0, 1)).sum()
@@ -220,8 +236,8 @@ def _plan_kl(program: ImportanceProgram, args: Args, kwargs: Kwargs, kl: KLName,
     for name, choice in plan.items():
         if kl == "analytic" and choice.estimator == "A":
             raise SettingError(
-                f"kl='analytic' is not valid at site {name!r}: {choice.reason}. Use kl='auto', which takes the closed form where it "
-                f"is valid, or kl='sampled'.",
+                f"kl='analytic' is not valid at site {name!r}: {choice.reason}. Use kl='auto', which takes the closed form "
+                f"where it is valid, or kl='sampled'.",
                 site=name,
             )
     return plan

@@ -1,15 +1,17 @@
 """Closed-form KL divergence between the guide's and the model's distribution at a site."""
 
 from jaxtyping import Float
-from pyro.distributions import Delta, Distribution, MaskedDistribution
+from pyro.distributions import Delta, MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution, kl_divergence
 from torch.distributions.utils import _sum_rightmost
 
+from pyro_aevb._types import SiteDistribution
+
 __all__ = ["closed_form_kl", "has_moving_support"]
 
 
-def closed_form_kl(q: Distribution, p: Distribution) -> Float[Tensor, "..."] | None:
+def closed_form_kl(q: SiteDistribution, p: SiteDistribution) -> Float[Tensor, "..."] | None:
     r"""Return :math:`KL(q \| p) = E_q[\log q - \log p]` in nats, one entry per batch element, or ``None``.
 
     Pairs of ``Independent`` and of ``TransformedDistribution`` with equal transforms are reduced to their bases, since a KL
@@ -36,7 +38,7 @@ def closed_form_kl(q: Distribution, p: Distribution) -> Float[Tensor, "..."] | N
         if q.transforms != p.transforms:
             return None
         kl = closed_form_kl(q.base_dist, p.base_dist)
-        extra = q.event_dim - q.base_dist.event_dim
+        extra = len(q.event_shape) - len(q.base_dist.event_shape)
         return None if kl is None or extra < 0 else _sum_rightmost(kl, extra)
     try:
         return kl_divergence(q, p)
@@ -44,7 +46,7 @@ def closed_form_kl(q: Distribution, p: Distribution) -> Float[Tensor, "..."] | N
         return None
 
 
-def _independent_kl(q: Distribution, p: Distribution) -> Tensor | None:
+def _independent_kl(q: SiteDistribution, p: SiteDistribution) -> Tensor | None:
     """Sum the KL of the base distributions over the dimensions that are reinterpreted as an event."""
     num_q = q.reinterpreted_batch_ndims if isinstance(q, Independent) else 0
     num_p = p.reinterpreted_batch_ndims if isinstance(p, Independent) else 0
@@ -56,14 +58,14 @@ def _independent_kl(q: Distribution, p: Distribution) -> Tensor | None:
     return None if kl is None else _sum_rightmost(kl, num_q)
 
 
-def _unmasked(fn: Distribution) -> Distribution:
+def _unmasked(fn: SiteDistribution) -> SiteDistribution:
     """Return a distribution without its mask, which the caller applies."""
     while isinstance(fn, MaskedDistribution):
         fn = fn.base_dist
     return fn
 
 
-def has_moving_support(fn: Distribution) -> bool:
+def has_moving_support(fn: SiteDistribution) -> bool:
     r"""Tell whether a distribution's support depends on parameters that are trained (Uniform, Pareto, ...).
 
     For such a family :math:`E_q[\nabla_\phi \log q_\phi] \neq 0`, so estimators that drop or reuse this term are wrong.

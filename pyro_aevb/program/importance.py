@@ -3,26 +3,23 @@
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
-from itertools import product
-from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
-from pyro_aevb.errors import AEVBError, GuideError, ModelError, NonFiniteError, ParticleWarning
-from pyro_aevb.program.divergence import closed_form_kl, has_moving_support
+from pyro_aevb.errors import AEVBError, NonFiniteError, ParticleWarning
+from pyro_aevb.program.agreement import check_guide, check_masks
+from pyro_aevb.program.dependencies import prior_parents
+from pyro_aevb.program.divergence import closed_form_kl
+from pyro_aevb.program.fixed_rank import module_ranks
 from pyro_aevb.program.parameters import detached_parameters, find_modules, preserved_state
-from pyro_aevb.program.particles import ParticleAxes, SiteRecord, module_ranks, run_program
-from pyro_aevb.program.structure import Structure, prior_parents, read_structure
+from pyro_aevb.program.particles import ParticleAxes, Records, SiteRecord, run_program
+from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.weights import LatentTerm, ObservedTerm, Terms
 
-__all__ = ["ImportanceProgram", "Records", "find_non_finite"]
-
-Records = dict[str, SiteRecord]
-"""Sample sites of one run under particle axes, by name."""
+__all__ = ["ImportanceProgram", "find_non_finite"]
 
 
 class ImportanceProgram:
@@ -61,7 +58,7 @@ class ImportanceProgram:
         self.structure = structure or read_structure(model, args, kwargs, guide=guide, data_plate=data_plate)
         with preserved_state(self.modules):
             self.guide_sites: Records = run_program(guide, self.structure, ParticleAxes(), args, kwargs)
-        _check_guide(self.structure, self.guide_sites)
+        check_guide(self.structure, self.guide_sites)
         self._batch = (args, kwargs)
         self._ranks: dict[torch.nn.Module, tuple[int, ...]] | None = None
         self._is_vectorized: dict[tuple[bool, bool], bool] = {}
@@ -112,12 +109,14 @@ class ImportanceProgram:
             GuideError: If model and guide give a latent different masks or scales.
         """
         latents = [
-            _latent_term(site, guide[name], name in kl_sites)
+            _latent_term(site, guide[name], wants_kl=name in kl_sites)
             for name, site in model.items()
             if not site.is_observed and name in guide
         ]
         latents += [_auxiliary_term(site) for name, site in guide.items() if name not in model]
-        observed = [ObservedTerm(site.name, site.is_local, site.log_prob) for site in model.values() if site.is_observed]
+        observed = [
+            ObservedTerm(site.name, site.is_local, site.log_prob) for site in model.values() if site.is_observed
+        ]
         like = next((site.log_prob for site in (*model.values(), *guide.values())), torch.zeros(()))
         rows = next((site.log_prob.shape[-1] for site in (*model.values(), *guide.values()) if site.is_local), 0)
         return Terms(
@@ -147,51 +146,6 @@ class ImportanceProgram:
             model = run_program(self.model, self.structure, ParticleAxes(), args, kwargs, values=values)
         pairs = {name: (self.guide_sites[name].fns[0], model[name].fns[0]) for name in self.names}
         return frozenset(name for name, (q, p) in pairs.items() if closed_form_kl(q, p) is not None)
-
-    def check_separable(self, purpose: str, records: Records) -> None:
-        """Refuse scales inside the logarithm, and guides whose local sites share one joint draw.
-
-        Raises:
-            ModelError: If a site is scaled apart from the data plate's own scale.
-            GuideError: If local sites are read off a global auxiliary site.
-        """
-        for name, site in records.items():
-            if not isinstance(site.scale, float) or site.scale != 1.0:
-                raise ModelError(
-                    f"Site {name!r} has a scale besides the data plate's own (poutine.scale or a subsampled inner plate), which "
-                    f"has no meaning inside {purpose}. Remove it, or train with SGVB.",
-                    site=name,
-                )
-        joint = [name for name, site in self.guide_sites.items() if site.is_auxiliary and not site.is_local]
-        local = [name for name in self.names if self.guide_sites[name].is_local and _is_delta(self.guide_sites[name])]
-        if joint and local:
-            raise GuideError(
-                f"Local sites {local} are read off the joint draw {joint[0]!r} outside the data plate, so rows have no weights of "
-                f"their own, which {purpose} needs. Use a guide that samples them inside the data plate.",
-                site=local[0],
-            )
-
-    def check_gradient(self, gradient: str) -> None:
-        """Refuse sites that an estimator of the gradient is wrong for.
-
-        Raises:
-            GuideError: If a site is not reparameterized, or its support depends on parameters and the estimator needs that
-                it does not.
-        """
-        for name, site in self.guide_sites.items():
-            fn = site.fns[0]
-            if gradient != "score" and not fn.has_rsample and not _is_delta(site):
-                raise GuideError(
-                    f"The guide's site {name!r} ({type(fn).__name__}) has no rsample, so the gradient {gradient!r} can't pass "
-                    f"through it. Use a reparameterized family (Normal, LogNormal, Gamma, a flow), or SGVB(gradient='score').",
-                    site=name,
-                )
-            if gradient != "reparam" and has_moving_support(fn):
-                raise GuideError(
-                    f"The support of the guide's site {name!r} ({type(fn).__name__}) depends on its parameters, where the gradient "
-                    f"{gradient!r} is biased. Use gradient='reparam', or a family of fixed support.",
-                    site=name,
-                )
 
     def _try_vectorizing(self, key: tuple[bool, bool]) -> bool:
         """Compare a run under particle plates with runs without, particle by particle."""
@@ -239,16 +193,8 @@ def _first_difference(vectorized: Records, looped: Records) -> str | None:
     return None
 
 
-def _is_delta(site: SiteRecord) -> bool:
-    """Tell whether a site's distribution is a point, through wrappers."""
-    fn: Any = site.fns[0]
-    while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
-
-
-def _latent_term(p: SiteRecord, q: SiteRecord, wants_kl: bool) -> LatentTerm:
-    _check_masks(p, q)
+def _latent_term(p: SiteRecord, q: SiteRecord, *, wants_kl: bool) -> LatentTerm:
+    check_masks(p, q)
     return LatentTerm(
         name=p.name,
         is_local=p.is_local,
@@ -278,94 +224,8 @@ def _auxiliary_term(q: SiteRecord) -> LatentTerm:
     return LatentTerm(q.name, q.is_local, q.value, log_p=zero, log_q=q.log_prob, kl=None, p=(), q=q.fns)
 
 
-def _check_masks(p: SiteRecord, q: SiteRecord) -> None:
-    """Refuse a latent whose density counts on one side and not on the other; a recording can't look at values."""
-    if torch.compiler.is_compiling() or (p.mask is q.mask and p.scale is q.scale):
-        return
-    what = ""
-    if not _is_same(p.mask, q.mask):
-        what = "mask"
-    elif not _is_same(p.scale, q.scale):
-        what = "scale"
-    if what:
-        raise GuideError(
-            f"Model and guide give site {p.name!r} a different {what}: its density would count on one side only. Put the same "
-            f"poutine.{what} around the site in both.",
-            site=p.name,
-        )
-
-
-def _is_same(a: Tensor | bool | float, b: Tensor | bool | float) -> bool:
-    """Compare masks or scales, a tensor with all entries equal counting as one number."""
-    a, b = torch.as_tensor(a), torch.as_tensor(b)
-    return bool((a == b).all())
-
-
 def _data_scale(model: Records, guide: Records) -> float:
     return next((site.data_scale for site in (*model.values(), *guide.values()) if site.data_scale is not None), 1.0)
-
-
-def _check_guide(structure: Structure, guide: Records) -> None:
-    """Hold the guide's sites against the model's."""
-    latents = {site.name for site in structure.select("latent")}
-    known = latents | {site.name for site in structure.select("imputed")}
-    observed = {site.name for site in structure.select("observed")}
-    missing = [name for name in structure.sites if name in latents and name not in guide]
-    extra = [name for name, site in guide.items() if name not in known and not site.is_auxiliary]
-    if missing:
-        raise GuideError(
-            f"The guide lacks the model's latent sites {missing}; it has {list(guide)}. Sample them in the guide, inside the same "
-            f"plates.",
-            site=missing[0],
-        )
-    if extra:
-        role = "observed in the model" if extra[0] in observed else "not in the model"
-        raise GuideError(
-            f"The guide samples site {extra[0]!r}, which is {role} (latents: {sorted(latents)}). Remove it, or mark it with "
-            f"infer={{'is_auxiliary': True}}.",
-            site=extra[0],
-        )
-    for name in latents:
-        _check_guide_site(structure, name, guide[name])
-
-
-def _check_guide_site(structure: Structure, name: str, q: SiteRecord) -> None:
-    """Hold one guide site's plate, event shape and support against the model's site."""
-    site = structure.sites[name]
-    fn = q.fns[0]
-    if tuple(fn.event_shape) != site.event_shape:
-        raise GuideError(
-            f"Site {name!r} has event shape {list(fn.event_shape)} in the guide and {list(site.event_shape)} in the model. Give "
-            f"the guide's distribution the model's event shape, with .to_event(...) where needed.",
-            site=name,
-        )
-    if q.is_local != site.is_local:
-        where = ("inside", "outside") if site.is_local else ("outside", "inside")
-        raise GuideError(
-            f"Site {name!r} lies {where[0]} the data plate {structure.data_plate!r} in the model and {where[1]} it in the guide. "
-            f"Open the same plates in the guide.",
-            site=name,
-        )
-    if not _is_inside(fn, site.support):
-        raise GuideError(
-            f"The guide's distribution at site {name!r} ({type(fn).__name__} on {fn.support}) puts mass outside the model's "
-            f"support, {site.support}. Use a family on that support, or transform one with biject_to.",
-            site=name,
-        )
-
-
-def _is_inside(fn: Any, support: torch.distributions.constraints.Constraint, num_draws: int = 100) -> bool:
-    """Tell whether draws of a distribution lie in a support; an unbounded one never lies in a bounded one."""
-
-    def base(constraint: Any) -> Any:
-        return getattr(constraint, "base_constraint", constraint)
-
-    real = torch.distributions.constraints.real
-    if base(fn.support) is real and type(base(support)) is not type(real):
-        return False
-    with torch.random.fork_rng(), torch.no_grad():
-        draws = fn.sample((num_draws,)) if not isinstance(fn, Delta) else fn.sample()
-    return bool(support.check(draws).all())
 
 
 def find_non_finite(

@@ -67,7 +67,7 @@ def _reached_by(item: Any) -> Iterable[Any]:
     is_library = type(item).__module__.split(".")[0] in _LIBRARIES
     if isinstance(item, (type, types.ModuleType)) or is_library or not hasattr(item, "__dict__"):
         return ()
-    return (getattr(type(item), "__call__", None), *vars(item).values())
+    return (vars(type(item)).get("__call__"), *vars(item).values())
 
 
 def _reached_by_function(function: types.FunctionType) -> Iterable[Any]:
@@ -151,10 +151,11 @@ class _DetachParameters(Messenger):
     """Detach the value of every ``pyro.param`` statement."""
 
     def _pyro_post_param(self, message: Message) -> None:
-        value = message["value"]
+        value: Any = message["value"]
         if value is not None and value.requires_grad:
-            message["value"] = value.detach()
-            message["value"].unconstrained = lambda: value
+            detached: Any = value.detach()
+            detached.unconstrained = lambda: value
+            message["value"] = detached
 
 
 class _Call(nn.Module):
@@ -197,7 +198,7 @@ class _Serve(Messenger):
         self.program = program
 
     def _pyro_param(self, message: Message) -> None:
-        name, args = message["name"], message["args"]
+        name, args = str(message["name"]), message["args"]
         initial = args[1] if len(args) > 1 else None
         if not self.program.owns(name):
             # a PyroModule's or pyro.module's parameter is its own, and served by the (empty) store
@@ -240,6 +241,9 @@ class Program(nn.Module):
         parameters_by_name: Values of ``pyro.param`` statements on unconstrained space, keyed by escaped name.
         is_built: Whether both have run inside :meth:`building`; before that parameters may be missing.
     """
+
+    model: PyroProgram
+    guide: PyroProgram
 
     def __init__(self, model: PyroProgram, guide: PyroProgram) -> None:
         super().__init__()
@@ -314,7 +318,9 @@ class Program(nn.Module):
             )
         with torch.no_grad():
             value = initial() if callable(initial) else initial
-            parameter = initial if isinstance(initial, nn.Parameter) else nn.Parameter(self._unconstrained(value, constraint))
+            parameter = (
+                initial if isinstance(initial, nn.Parameter) else nn.Parameter(self._unconstrained(value, constraint))
+            )
         self.parameters_by_name[_escape(name)] = parameter
         self._constraints[name] = constraint
 

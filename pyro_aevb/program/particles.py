@@ -12,46 +12,26 @@ leading axes run once per particle instead.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from pyro import poutine
-from pyro.distributions import Distribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
-from torch.utils.hooks import RemovableHandle
 
-from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
+from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
 from pyro_aevb.errors import ModelError
-from pyro_aevb.program.structure import ReplayValues, Structure, sample_sites
+from pyro_aevb.program.fixed_rank import flattened
+from pyro_aevb.program.sites import ReplayValues, sample_sites
+from pyro_aevb.program.structure import Structure
 
-__all__ = ["ParticleAxes", "SiteRecord", "as_draws", "module_ranks", "run_program"]
+__all__ = ["ParticleAxes", "Records", "SiteRecord", "as_draws", "run_program"]
 
-_FIXED_RANK = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.GroupNorm,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.dropout._DropoutNd,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.MultiheadAttention,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.Upsample,
-    nn.PixelShuffle,
-)
 
 _NOT_GLOBAL = (
     "Site {name!r} lies outside the data plate but depends on latents inside it, so rows have no weights of their own. Use SGVB, "
@@ -98,7 +78,7 @@ class SiteRecord:
     """
 
     name: str
-    fns: tuple[Distribution, ...]
+    fns: tuple[SiteDistribution, ...]
     value: Tensor
     log_prob: Tensor
     is_local: bool
@@ -108,6 +88,10 @@ class SiteRecord:
     scale: Tensor | float
     data_scale: float | None
     reduce: Callable[[list[Tensor]], Tensor]
+
+
+Records: TypeAlias = dict[str, SiteRecord]
+"""Sample sites of one run under particle axes, by name."""
 
 
 class _ParticlePlate(IndepMessenger):
@@ -134,78 +118,6 @@ def _particle_plates(structure: Structure, axes: ParticleAxes) -> Iterator[None]
         yield
 
 
-def module_ranks(modules: list[nn.Module], run: Callable[[], Any]) -> dict[nn.Module, tuple[int, ...]]:
-    """Run a program without particles and return the ranks of the tensors that modules of fixed rank are called with."""
-    ranks: dict[nn.Module, tuple[int, ...]] = {}
-
-    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-        ranks[module] = tuple(item.dim() for item in args if isinstance(item, Tensor))
-
-    fixed = [module for root in modules for module in root.modules() if isinstance(module, _FIXED_RANK)]
-    handles = [module.register_forward_pre_hook(record) for module in fixed]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return ranks
-
-
-@contextmanager
-def _flattened(ranks: dict[nn.Module, tuple[int, ...]]) -> Iterator[None]:
-    """Let modules of fixed rank see particles as rows: leading axes are flattened before and restored after each call."""
-    handles: list[RemovableHandle] = []
-    try:
-        for module, expected in ranks.items():
-            hook = _Flatten(expected)
-            handles += [module.register_forward_pre_hook(hook.before), module.register_forward_hook(hook.after)]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Flatten:
-    """Hooks of one module of fixed rank."""
-
-    def __init__(self, expected: tuple[int, ...]) -> None:
-        self.expected = expected
-        self.leading: list[torch.Size | None] = []
-
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Flatten the axes left of the expected rank into the rows."""
-        extra = args[0].dim() - self.expected[0] if args and self.expected else 0
-        self.leading.append(args[0].shape[: extra + 1] if extra > 0 else None)
-        if extra <= 0:
-            return None
-        flat = [args[0].flatten(0, extra)]
-        for item, rank in zip(args[1:], self.expected[1:], strict=False):
-            flat.append(self._flatten_other(item, rank, isinstance(module, nn.RNNBase)))
-        return tuple(flat)
-
-    def _flatten_other(self, item: Tensor, rank: int, is_state: bool) -> Tensor:
-        """Flatten a further argument; a recurrent state has its layers before its rows."""
-        leading = self.leading[-1]
-        first = int(is_state)
-        if item.dim() == rank and leading is not None:
-            item = item.reshape(item.shape[:first] + (1,) * (len(leading) - 1) + item.shape[first:])
-            item = item.expand(*item.shape[:first], *leading, *item.shape[first + len(leading) :])
-        return item.flatten(first, first + item.dim() - rank)
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Restore the axes in every tensor of the output."""
-        leading = self.leading.pop()
-        if leading is None:
-            return None
-        if isinstance(module, nn.RNNBase):
-            states = output[1] if isinstance(output[1], tuple) else (output[1],)
-            restored = tuple(state.unflatten(1, leading) for state in states)
-            return output[0].unflatten(0, leading), restored if isinstance(output[1], tuple) else restored[0]
-        if isinstance(output, tuple):
-            return tuple(item.unflatten(0, leading) if isinstance(item, Tensor) else item for item in output)
-        return output.unflatten(0, leading)
-
-
 def run_program(
     program: PyroProgram,
     structure: Structure,
@@ -215,7 +127,7 @@ def run_program(
     *,
     values: Values | None = None,
     ranks: dict[nn.Module, tuple[int, ...]] | None = None,
-) -> dict[str, SiteRecord]:
+) -> Records:
     """Run a program under particle axes and record its sample sites.
 
     Args:
@@ -236,7 +148,7 @@ def run_program(
     with ExitStack() as stack:
         stack.enter_context(ReplayValues(values))
         if not axes.is_single:
-            stack.enter_context(_flattened(ranks or {}))
+            stack.enter_context(flattened(ranks or {}))
             stack.enter_context(_particle_plates(structure, axes))
         trace = poutine.trace(program).get_trace(*args, **kwargs)
     return {name: _record(node, structure, axes) for name, node in sample_sites(trace).items()}
@@ -330,9 +242,9 @@ def _to_rows(
 
 def _run_loop(
     program: PyroProgram, structure: Structure, axes: ParticleAxes, args: Args, kwargs: Kwargs, values: Values
-) -> dict[str, SiteRecord]:
+) -> Records:
     """Run a program once per particle and importance sample, and stack what it recorded."""
-    runs: list[list[dict[str, SiteRecord]]] = []
+    runs: list[list[Records]] = []
     for s in range(axes.num_particles):
         shared: Values = {}
         runs.append([])

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from pyro_aevb._types import PyroProgram
 from pyro_aevb.errors import ParameterError, StagingWarning
+from pyro_aevb.program.batch import batch_rows
 from pyro_aevb.program.parameters import Program, preserved_state
 from pyro_aevb.program.scaling import DataPlateScale
-from pyro_aevb.program.structure import Structure, batch_rows, read_structure
+from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.randomness import preserved_rng
 
 __all__ = ["ObjectiveModule", "record", "stage"]
@@ -46,7 +47,8 @@ class ObjectiveModule(nn.Module):
     ) -> None:
         super().__init__()
         self.program = Program(model, guide)
-        self.objective = objective
+        self.objective: Any = objective
+        self.register_state_dict_pre_hook(lambda *_: self._check_built())
         self.objective_state = getattr(objective, "state", nn.Module())
         self.num_data = num_data
         self.data_plate = data_plate
@@ -117,11 +119,6 @@ class ObjectiveModule(nn.Module):
         self._check_built()
         return super().named_parameters(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return every parameter and buffer by name; raises like :meth:`named_parameters`."""
-        self._check_built()
-        return super().state_dict(*args, **kwargs)
-
     def _check_built(self) -> None:
         if self.program.may_lack_parameters:
             raise ParameterError(
@@ -148,7 +145,9 @@ def stage(
         A module whose call is the loss; the eager one, after a :class:`~pyro_aevb.errors.StagingWarning`, if the graph would
         not give the same numbers.
     """
-    module = ObjectiveModule(model, guide, objective, num_data=num_data, data_plate=getattr(objective, "data_plate", "auto"))
+    module = ObjectiveModule(
+        model, guide, objective, num_data=num_data, data_plate=getattr(objective, "data_plate", "auto")
+    )
     return record(module.build(*batch), *batch)
 
 
@@ -164,14 +163,18 @@ def record(module: nn.Module, *inputs: Tensor) -> nn.Module:
     try:
         with preserved_state([module], evaluate=False), pyro.validation_enabled(False):
             graph = torch.export.export(module, inputs, strict=False).module()
-    except Exception as error:  # noqa: BLE001  torch.export raises errors of many kinds, each of which means the same here
-        return _eager(module, f"it can't be recorded ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})")
+    except Exception as error:
+        return _eager(
+            module, f"it can't be recorded ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
+        )
     reason = _difference(module, graph, inputs)
     return _eager(module, reason) if reason else graph
 
 
 def _eager(module: nn.Module, reason: str) -> nn.Module:
-    warnings.warn(f"The program runs eagerly: {reason}. The numbers are the same, steps are slower.", StagingWarning, stacklevel=4)
+    warnings.warn(
+        f"The program runs eagerly: {reason}. The numbers are the same, steps are slower.", StagingWarning, stacklevel=4
+    )
     return module
 
 
@@ -206,4 +209,6 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     tolerance = 1e-5 if a.dtype == torch.float32 else 1e-10
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()) if a.numel() else 0.0, equal_nan=True)
+    return torch.allclose(
+        a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()) if a.numel() else 0.0, equal_nan=True
+    )

@@ -1,30 +1,21 @@
 """Read a model once: its sites, plates, supports, what is local and what is global, and what is not supported."""
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from pyro import poutine
-from pyro.distributions import Distribution
-from pyro.infer.inspect import get_dependencies
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
-from pyro.poutine.trace_struct import Trace
-from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
-from pyro_aevb.errors import AEVBError, DataError, ModelError, NonFiniteError
+from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution
+from pyro_aevb.errors import DataError, ModelError, NonFiniteError
+from pyro_aevb.program.batch import batch_rows, explained
+from pyro_aevb.program.dependencies import prior_parents
 from pyro_aevb.program.parameters import find_modules, preserved_state
+from pyro_aevb.program.sites import Nodes, ReplayValues, sample_sites
 
-__all__ = ["ReplayValues", "Site", "Structure", "batch_rows", "describe_batch", "prior_parents", "read_structure", "sample_sites", "take_rows"]
-
-Nodes: TypeAlias = dict[str, dict[str, Any]]
-"""Sample sites of a trace by name."""
+__all__ = ["Site", "Structure", "read_structure"]
 
 Kind = Literal["latent", "observed", "factor", "imputed"]
 
@@ -107,73 +98,6 @@ class Structure:
             inside = f" in plates {inner}" if inner else ""
             lines.append(f"  {where:6} {site.kind:8} {site.name}: {site.family} {list(site.event_shape)}{inside}")
         return "\n".join(lines)
-
-
-class ReplayValues(Messenger):
-    """Give latent sites the values of a dictionary; sites that it lacks are sampled."""
-
-    def __init__(self, values: Values) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, message: Message) -> None:
-        if message["name"] in self.values and not message["is_observed"]:
-            message["value"] = self.values[message["name"]]
-            message["done"] = True
-
-
-def sample_sites(trace: Trace) -> Nodes:
-    """Return a trace's sample sites that have a density: no subsampling, no ``pyro.deterministic``."""
-    return {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample"
-        and type(node["fn"]).__name__ != "_Subsample"
-        and not node["infer"].get("_deterministic", False)
-    }
-
-
-def batch_rows(args: Args, kwargs: Kwargs) -> int | None:
-    """Return the length of the first tensor argument, the number of rows that a batch offers; ``None`` without tensors."""
-    tensors = (item for item in (*args, *kwargs.values()) if isinstance(item, Tensor) and item.dim() > 0)
-    return next((len(tensor) for tensor in tensors), None)
-
-
-def take_rows(args: Args, kwargs: Kwargs, rows: slice | Tensor) -> tuple[Args, dict[str, Any]]:
-    """Take rows out of every tensor of a batch."""
-
-    def take(item: Any) -> Any:
-        return item[rows] if isinstance(item, Tensor) and item.dim() > 0 else item
-
-    return tuple(take(item) for item in args), {name: take(item) for name, item in kwargs.items()}
-
-
-def describe_batch(args: Args, kwargs: Kwargs) -> str:
-    """Say what a batch is, for messages: each argument's type and shape."""
-    named = [(str(index), item) for index, item in enumerate(args)] + list(kwargs.items())
-    return ", ".join(
-        f"{name}: {str(item.dtype).removeprefix('torch.')} {list(item.shape)}" if isinstance(item, Tensor) else f"{name}: {item!r}"
-        for name, item in named
-    )
-
-
-@contextmanager
-def explained(what: str, args: Args, kwargs: Kwargs) -> Iterator[None]:
-    """Turn a failure inside a user's program into an error that names the program's input and a likely cause."""
-    try:
-        yield
-    except AEVBError:
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
-        text = str(error)
-        hint = "check that the batch has the shapes that the program expects"
-        if "dtype" in text or "expected scalar type" in text or "Float but" in text:
-            hint = "convert the argument with .float() or to the dtype of the program's parameters"
-        nan = [name for name, item in enumerate(args) if isinstance(item, Tensor) and not item.isfinite().all()]
-        if nan:
-            message = f"The {what} failed on data with NaN or infinity in argument {nan[0]}: {text}. Remove or mask these entries."
-            raise DataError(message) from error
-        raise ModelError(f"The {what} failed on a batch of ({describe_batch(args, kwargs)}): {text}. Likely mend: {hint}.") from error
 
 
 def read_structure(
@@ -304,7 +228,7 @@ def _read_site(node: dict[str, Any], frame: CondIndepStackFrame | None, nodes: N
     )
 
 
-def _family(fn: Distribution) -> str:
+def _family(fn: SiteDistribution) -> str:
     """Return the name of a distribution below its wrappers."""
     while type(fn).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
         fn = fn.base_dist
@@ -355,49 +279,3 @@ def _check_density(site: Site, node: dict[str, Any]) -> None:
             f"a NaN weight, the logarithm of a negative number, a scale of 0.",
             site=site.name,
         )
-
-
-def prior_parents(model: PyroProgram, values: Values, args: Args, kwargs: Kwargs) -> dict[str, frozenset[str]]:
-    """Say which latents each site's distribution depends on in the model.
-
-    Two readings are joined, since each misses what the other sees: Pyro's provenance (lost by assignment into a tensor) and
-    the autograd graph (lost by non-differentiable steps).
-
-    Args:
-        model: The model.
-        values: Values of its latent sites.
-        args: The batch, as positional arguments.
-        kwargs: The batch, as keyword arguments.
-
-    Returns:
-        For each site the names of the latents that its parameters are computed from.
-    """
-    with preserved_state(find_modules(model)):
-        by_gradient = _parents_by_gradient(model, values, args, kwargs)
-        replayed = ReplayValues({name: value.detach() for name, value in values.items()})
-
-        @functools.wraps(getattr(model, "__func__", model), updated=())
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with replayed:
-                return model(*args, **kwargs)
-
-        dependencies = get_dependencies(run, args, dict(kwargs))["prior_dependencies"]
-    by_provenance = {name: frozenset(parents) - {name} for name, parents in dependencies.items()}
-    names = by_gradient.keys() | by_provenance.keys()
-    return {name: by_gradient.get(name, frozenset()) | by_provenance.get(name, frozenset()) for name in names}
-
-
-def _parents_by_gradient(model: PyroProgram, values: Values, args: Args, kwargs: Kwargs) -> dict[str, frozenset[str]]:
-    """Return, for each site, the latents whose values receive a gradient from its density at a fixed value."""
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items() if value.is_floating_point()}
-    with torch.enable_grad(), ReplayValues(leaves):
-        nodes = sample_sites(poutine.trace(model).get_trace(*args, **kwargs))
-    parents = {}
-    for name, node in nodes.items():
-        density = node["fn"].log_prob(node["value"].detach()).sum()
-        if not density.requires_grad:
-            parents[name] = frozenset[str]()
-            continue
-        gradients = torch.autograd.grad(density, list(leaves.values()), retain_graph=True, allow_unused=True)
-        parents[name] = frozenset(leaf for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None)
-    return parents

@@ -59,7 +59,11 @@ def _describe(batch: Batch | None) -> list[list[Any]] | None:
     if batch is None:
         return None
     named = [*((None, item) for item in batch.args), *batch.kwargs.items()]
-    return [[name, str(item.dtype).removeprefix("torch."), list(item.shape)] for name, item in named if isinstance(item, Tensor)]
+    return [
+        [name, str(item.dtype).removeprefix("torch."), list(item.shape)]
+        for name, item in named
+        if isinstance(item, Tensor)
+    ]
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -77,7 +81,9 @@ def read_header(path: str | Path) -> dict[str, Any]:
     except (KeyError, ValueError) as error:
         raise FileError(f"{path} was not written by AEVB.save: its header has no readable {_KEY!r} entry.") from error
     if header.get("format") != FORMAT:
-        raise FileError(f"{path} has format {header.get('format')!r}, this version reads {FORMAT}. Save it anew with a matching one.")
+        raise FileError(
+            f"{path} has format {header.get('format')!r}, this version reads {FORMAT}. Save it anew with a matching one."
+        )
     return header
 
 
@@ -93,7 +99,9 @@ def restore(module: ObjectiveModule, path: str | Path, header: dict[str, Any]) -
     except (OSError, SafetensorError) as error:
         raise FileError(f"{path} is missing or damaged: {error}.") from error
     program = module.program
-    program.restore_params({name: tensors[program.key(name)] for name in header["pyro_params"] if program.key(name) in tensors})
+    program.restore_params(
+        {name: tensors[program.key(name)] for name in header["pyro_params"] if program.key(name) in tensors}
+    )
     module.num_data = header["num_data"]
     if header["batch"] is not None:
         _build_on_zeros(module, header, path)

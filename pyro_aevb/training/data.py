@@ -70,7 +70,8 @@ class TensorSource(BatchSource):
     """Tensors with rows on axis 0, in their own dtype, gathered by index."""
 
     def __init__(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], batch_size: int | None) -> None:
-        lengths = {name: _length(name, tensor) for name, tensor in [*enumerate(args), *kwargs.items()]}
+        named: list[tuple[int | str, Tensor]] = [*enumerate(args), *kwargs.items()]
+        lengths = {name: _length(name, tensor) for name, tensor in named}
         if not lengths:
             raise DataError("The data hold no tensors.")
         if len(set(lengths.values())) > 1:
@@ -173,7 +174,9 @@ def _as_tensor(name: int | str, item: Any) -> Tensor:
 
 def _length(name: int | str, tensor: Tensor) -> int:
     if tensor.dim() == 0:
-        raise DataError(f"Argument {name} is a single number; every tensor has rows on axis 0. Bind it with functools.partial.")
+        raise DataError(
+            f"Argument {name} is a single number; every tensor has rows on axis 0. Bind it with functools.partial."
+        )
     return len(tensor)
 
 

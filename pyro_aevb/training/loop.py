@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,24 +10,24 @@ import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from pyro_aevb._types import PyroProgram
-from pyro_aevb.errors import AEVBError, AEVBWarning, DataError, NonFiniteError, ParameterError, SettingError
-from pyro_aevb.program.importance import find_non_finite
+from pyro_aevb.errors import AEVBWarning, SettingError
 from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.randomness import seeded
-from pyro_aevb.training.data import Batch, BatchSource, as_source
+from pyro_aevb.training.data import BatchSource, as_source
+from pyro_aevb.training.preparation import check_data, prepare
+from pyro_aevb.training.stepper import OptimizerMaker, Stepper, default_optimizer
 
 if TYPE_CHECKING:
     import pandas as pd
     from lightning_fabric import Fabric
 
-__all__ = ["EpochEnd", "FitResult", "Stepper", "default_optimizer", "fit", "fit_module"]
+__all__ = ["EpochEnd", "FitResult", "fit", "fit_module"]
 
-OptimizerMaker = Callable[[Iterable[nn.Parameter]], Optimizer]
 ScheduleMaker = Callable[[Optimizer], LRScheduler]
 
 
@@ -84,120 +84,6 @@ class EpochEnd:
     epoch: int
     record: dict[str, float]
     module: ObjectiveModule
-
-
-class _LossAndBound(nn.Module):
-    """The module that Fabric wraps: its call returns the loss and the bound per row."""
-
-    def __init__(self, module: ObjectiveModule) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss over the data set and the bound in nats per row."""
-        return self.module.loss_and_bound(*batch.args, **batch.kwargs)
-
-
-class Stepper:
-    """One optimisation step at a time, with the optimizer's state between them.
-
-    Args:
-        module: Model, guide and objective, built.
-        optimizer: A callable of the parameters that returns an optimizer.
-        clip_norm: Largest norm of the gradient over all parameters.
-        fabric: Devices and processes; by default the device of the parameters.
-        max_skipped: Steps in a row that may be skipped because loss or gradient is not finite.
-
-    Raises:
-        ParameterError: If there is nothing to train.
-    """
-
-    def __init__(
-        self,
-        module: ObjectiveModule,
-        optimizer: OptimizerMaker,
-        *,
-        clip_norm: float | None = None,
-        fabric: "Fabric | None" = None,
-        max_skipped: int = 10,
-    ) -> None:
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if not self.parameters:
-            raise ParameterError(
-                "Model and guide have no parameters to train. Register networks with pyro.module, make them attributes of the "
-                "model's or the guide's nn.Module, or use pyro.param."
-            )
-        self.module = module
-        self.fabric = fabric or _default_fabric(self.parameters[0].device)
-        self.optimizer: Optimizer
-        self.wrapped, self.optimizer = self.fabric.setup(_LossAndBound(module), optimizer(self.parameters))
-        self.clip_norm = clip_norm
-        self.max_skipped = max_skipped
-        self.num_steps = 0
-        self.num_skipped = 0
-        self._skipped_in_a_row = 0
-
-    def step(self, batch: Batch) -> float:
-        """Take one step and return the bound in nats per row; NaN if the step was skipped.
-
-        Raises:
-            NonFiniteError: If too many steps in a row were skipped; parameters are those of the last good step.
-        """
-        objective = self.module.objective
-        if hasattr(objective, "set_step"):
-            objective.set_step(self.num_steps)
-        loss, bound = self.wrapped(self.fabric.to_device(batch))
-        self.optimizer.zero_grad()
-        is_finite = bool(torch.isfinite(loss))
-        if is_finite:
-            self.fabric.backward(loss)
-            is_finite = self._clip()
-        if not is_finite:
-            self._skip(batch)
-            return float("nan")
-        self.optimizer.step()
-        self.num_steps += 1
-        self._skipped_in_a_row = 0
-        return float(bound)
-
-    def _clip(self) -> bool:
-        """Clip the gradient and tell whether it is finite."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
-        return bool(torch.isfinite(norm))
-
-    def _skip(self, batch: Batch) -> None:
-        self.num_skipped += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row <= self.max_skipped:
-            return
-        found = _find_non_finite(self.module, batch)
-        site = found.site if found else None
-        what = str(found) if found else "Every density is finite, so it is the gradient that is not: look for sqrt or log of 0."
-        raise NonFiniteError(
-            f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is NaN or infinite. {what} The parameters are "
-            f"those of the last good step.",
-            site=site,
-            num_skipped=self.num_skipped,
-        )
-
-
-def _default_fabric(device: torch.device) -> "Fabric":
-    """Return a Fabric of one process on the device where the parameters are."""
-    from lightning_fabric import Fabric
-
-    devices: Any = 1 if device.index is None else [device.index]
-    return Fabric(accelerator=device.type, devices=devices)
-
-
-def _find_non_finite(module: ObjectiveModule, batch: Batch) -> NonFiniteError | None:
-    """Name the first site of a batch whose log density is not finite, where there is one."""
-    if module.structure is None:
-        return None
-    with module.running(), pyro.validation_enabled(False):
-        return find_non_finite(module.model, module.guide, module.structure, *batch)
 
 
 def fit(
@@ -301,18 +187,13 @@ def fit_module(
     _check_settings(module.objective, num_epochs, optimizer, learning_rate, patience, validation)
     source = as_source(data, batch_size)
     with seeded(seed):
-        source = _build(module, source, batch_size)
+        source = prepare(module, source, batch_size)
         check_data(module, source)
         make = optimizer or default_optimizer(learning_rate or 1e-3)
         stepper = Stepper(module, make, clip_norm=clip_norm, fabric=fabric, max_skipped=max_skipped)
         loop = _Loop(module, stepper, source, as_source(validation) if validation is not None else None)
         loop.schedule = schedule(stepper.optimizer) if schedule else None
-        return loop.run(num_epochs, patience, callbacks, progress)
-
-
-def default_optimizer(learning_rate: float) -> OptimizerMaker:
-    """Return a maker of fused Adam (Kingma & Ba 2014, arXiv 1412.6980)."""
-    return lambda parameters: Adam(parameters, lr=learning_rate, fused=True)
+        return loop.run(num_epochs, patience, callbacks, progress=progress)
 
 
 def _check_settings(
@@ -331,87 +212,13 @@ def _check_settings(
     if num_epochs < 1:
         raise SettingError(f"num_epochs must be at least 1, got {num_epochs}.")
     if optimizer is not None and learning_rate is not None:
-        raise SettingError("learning_rate belongs to the default optimizer; give it to your own with functools.partial.")
+        raise SettingError(
+            "learning_rate belongs to the default optimizer; give it to your own with functools.partial."
+        )
     if learning_rate is not None and learning_rate <= 0:
         raise SettingError(f"learning_rate must be positive, got {learning_rate}.")
     if patience is not None and (patience < 1 or validation is None):
         raise SettingError(f"patience needs validation data and must be at least 1, got {patience}.")
-
-
-def _build(module: ObjectiveModule, source: BatchSource, batch_size: int | None) -> BatchSource:
-    """Read the structure, make the parameters, and give a model that draws its own rows the whole data each step."""
-    batch = source.first()
-    try:
-        module.build(*batch.args, **batch.kwargs)
-    except AEVBError:
-        whole = source.whole()
-        if batch_size is not None or whole is None:
-            raise
-        module.build(*whole.args, **whole.kwargs)
-    structure = module.structure
-    if structure is None:
-        return source
-    if structure.draws_own_rows or structure.data_plate is None:
-        return _WholeSource(source, structure.full_size if structure.draws_own_rows else 1, structure.rows)
-    if structure.rows != batch.rows:
-        raise DataError(
-            f"The data plate {structure.data_plate!r} has {structure.rows} rows and the batch {batch.rows}. Size the plate by the "
-            f"batch, pyro.plate({structure.data_plate!r}, len(x)), or name another plate with data_plate='...'."
-        )
-    if module.num_data is None:
-        module.num_data = source.num_rows
-    if module.num_data is None and structure.has_globals:
-        raise SettingError(
-            f"A stream has no length, and the global latents {[site.name for site in structure.select('latent', is_local=False)]} "
-            f"need one to be weighed against its rows: give num_data=."
-        )
-    return source
-
-
-class _WholeSource(BatchSource):
-    """All rows at each step, for a model that draws its own rows or has none."""
-
-    def __init__(self, source: BatchSource, full_size: int, rows: int) -> None:
-        whole = source.whole()
-        if whole is None:
-            raise DataError("A model that draws its own rows, or has none, needs its data as tensors.")
-        self.batch = whole
-        self.num_rows = full_size
-        self.batch_size = rows
-
-    def batches(self, generator: torch.Generator | None = None) -> Iterable[Batch]:  # type: ignore[override]
-        """Yield all rows, as often as there are batches in an epoch."""
-        return iter([self.batch] * self.num_batches())
-
-    def num_batches(self) -> int:
-        """Number of steps in an epoch."""
-        return -(-self.num_rows // self.batch_size)
-
-
-def check_data(module: ObjectiveModule, source: BatchSource) -> None:
-    """Refuse NaN and infinity in data where they reach a density that no mask drops.
-
-    Raises:
-        DataError: Naming the argument, the first such row and the site.
-    """
-    whole = source.whole()
-    if whole is None or isinstance(source, _WholeSource):
-        return
-    for name, tensor in [*enumerate(whole.args), *whole.kwargs.items()]:
-        if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
-            continue
-        bad = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.dim() > 1 else ~torch.isfinite(tensor)
-        row = int(bad.nonzero()[0, 0])
-        stop = min(row + (source.batch_size or 1), len(tensor))
-        rows = slice(max(0, stop - (source.batch_size or 1)), stop)
-        part = Batch(tuple(x[rows] for x in whole.args), {key: x[rows] for key, x in whole.kwargs.items()})
-        found = _find_non_finite(module, part)
-        if found is not None:
-            raise DataError(
-                f"The data hold NaN or infinity in argument {name}, first in row {row}, which reach the density of site "
-                f"{found.site!r}. Remove these rows, or mask the entries with obs_mask= or poutine.mask.",
-                site=found.site,
-            )
 
 
 class _Loop:
@@ -434,6 +241,7 @@ class _Loop:
         num_epochs: int,
         patience: int | None,
         callbacks: Sequence[Callable[[EpochEnd], bool | None]],
+        *,
         progress: bool,
     ) -> FitResult:
         """Train until the epochs are done, patience is spent, a callback says so, or Ctrl-C."""
@@ -446,7 +254,7 @@ class _Loop:
                 for epoch in range(1, num_epochs + 1):
                     record = self._run_epoch(epoch, generator, bar)
                     event = EpochEnd(epoch, record, self.module)
-                    if any([callback(event) is True for callback in callbacks]):
+                    if sum(callback(event) is True for callback in callbacks):
                         self.result.stopped_by = "callback"
                         break
                     if patience is not None and epoch - (self.result.best_epoch or epoch) >= patience:

@@ -1,0 +1,154 @@
+"""Do a model and its guide fit each other, and can an estimator be used with them?"""
+
+from typing import Any
+
+import torch
+from pyro.distributions import Delta
+
+from pyro_aevb.errors import GuideError, ModelError
+from pyro_aevb.program.divergence import has_moving_support
+from pyro_aevb.program.particles import Records, SiteRecord
+from pyro_aevb.program.structure import Structure
+
+__all__ = ["check_gradient", "check_guide", "check_masks", "check_separable", "is_delta"]
+
+
+def check_guide(structure: Structure, guide: Records) -> None:
+    """Hold the guide's sites against the model's."""
+    latents = {site.name for site in structure.select("latent")}
+    known = latents | {site.name for site in structure.select("imputed")}
+    observed = {site.name for site in structure.select("observed")}
+    missing = [name for name in structure.sites if name in latents and name not in guide]
+    extra = [name for name, site in guide.items() if name not in known and not site.is_auxiliary]
+    if missing:
+        raise GuideError(
+            f"The guide lacks the model's latent sites {missing}; it has {list(guide)}. Sample them in the guide, inside the same "
+            f"plates.",
+            site=missing[0],
+        )
+    if extra:
+        role = "observed in the model" if extra[0] in observed else "not in the model"
+        raise GuideError(
+            f"The guide samples site {extra[0]!r}, which is {role} (latents: {sorted(latents)}). Remove it, or mark it with "
+            f"infer={{'is_auxiliary': True}}.",
+            site=extra[0],
+        )
+    for name in latents:
+        _check_guide_site(structure, name, guide[name])
+
+
+def _check_guide_site(structure: Structure, name: str, q: SiteRecord) -> None:
+    """Hold one guide site's plate, event shape and support against the model's site."""
+    site = structure.sites[name]
+    fn = q.fns[0]
+    if tuple(fn.event_shape) != site.event_shape:
+        raise GuideError(
+            f"Site {name!r} has event shape {list(fn.event_shape)} in the guide and {list(site.event_shape)} in the model. Give "
+            f"the guide's distribution the model's event shape, with .to_event(...) where needed.",
+            site=name,
+        )
+    if q.is_local != site.is_local:
+        where = ("inside", "outside") if site.is_local else ("outside", "inside")
+        raise GuideError(
+            f"Site {name!r} lies {where[0]} the data plate {structure.data_plate!r} in the model and {where[1]} it in the guide. "
+            f"Open the same plates in the guide.",
+            site=name,
+        )
+    if not _is_inside(fn, site.support):
+        raise GuideError(
+            f"The guide's distribution at site {name!r} ({type(fn).__name__} on {fn.support}) puts mass outside the model's "
+            f"support, {site.support}. Use a family on that support, or transform one with biject_to.",
+            site=name,
+        )
+
+
+def _is_inside(fn: Any, support: torch.distributions.constraints.Constraint, num_draws: int = 100) -> bool:
+    """Tell whether draws of a distribution lie in a support; an unbounded one never lies in a bounded one."""
+
+    def base(constraint: Any) -> Any:
+        return getattr(constraint, "base_constraint", constraint)
+
+    real = torch.distributions.constraints.real
+    if base(fn.support) is real and type(base(support)) is not type(real):
+        return False
+    with torch.random.fork_rng(), torch.no_grad():
+        draws = fn.sample((num_draws,)) if not isinstance(fn, Delta) else fn.sample()
+    return bool(support.check(draws).all())
+
+
+def check_masks(p: SiteRecord, q: SiteRecord) -> None:
+    """Refuse a latent whose density counts on one side and not on the other; a recording can't look at values."""
+    if torch.compiler.is_compiling() or (p.mask is q.mask and p.scale is q.scale):
+        return
+    what = ""
+    if not _is_same(p.mask, q.mask):
+        what = "mask"
+    elif not _is_same(p.scale, q.scale):
+        what = "scale"
+    if what:
+        raise GuideError(
+            f"Model and guide give site {p.name!r} a different {what}: its density would count on one side only. Put the same "
+            f"poutine.{what} around the site in both.",
+            site=p.name,
+        )
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Compare masks or scales, a tensor with all entries equal counting as one number."""
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    return bool((a == b).all())
+
+
+def is_delta(site: SiteRecord) -> bool:
+    """Tell whether a site's distribution is a point, through wrappers."""
+    fn: Any = site.fns[0]
+    while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
+def check_separable(purpose: str, records: Records, guide: Records) -> None:
+    """Refuse scales inside the logarithm, and guides whose local sites share one joint draw.
+
+    Raises:
+        ModelError: If a site is scaled apart from the data plate's own scale.
+        GuideError: If local sites are read off a global auxiliary site.
+    """
+    for name, site in records.items():
+        if not isinstance(site.scale, float) or site.scale != 1.0:
+            raise ModelError(
+                f"Site {name!r} has a scale besides the data plate's own (poutine.scale or a subsampled inner plate), which "
+                f"has no meaning inside {purpose}. Remove it, or train with SGVB.",
+                site=name,
+            )
+    joint = [name for name, site in guide.items() if site.is_auxiliary and not site.is_local]
+    local = [name for name, site in guide.items() if not site.is_auxiliary and site.is_local and is_delta(site)]
+    if joint and local:
+        raise GuideError(
+            f"Local sites {local} are read off the joint draw {joint[0]!r} outside the data plate, so rows have no weights of "
+            f"their own, which {purpose} needs. Use a guide that samples them inside the data plate.",
+            site=local[0],
+        )
+
+
+def check_gradient(gradient: str, guide: Records) -> None:
+    """Refuse sites that an estimator of the gradient is wrong for.
+
+    Raises:
+        GuideError: If a site is not reparameterized, or its support depends on parameters and the estimator needs that
+            it does not.
+    """
+    for name, site in guide.items():
+        fn = site.fns[0]
+        if gradient != "score" and not fn.has_rsample and not is_delta(site):
+            raise GuideError(
+                f"The guide's site {name!r} ({type(fn).__name__}) has no rsample, so the gradient {gradient!r} can't pass "
+                f"through it. Use a reparameterized family (Normal, LogNormal, Gamma, a flow), or SGVB(gradient='score').",
+                site=name,
+            )
+        if gradient != "reparam" and has_moving_support(fn):
+            raise GuideError(
+                f"The support of the guide's site {name!r} ({type(fn).__name__}) depends on its parameters, where the gradient "
+                f"{gradient!r} is biased. Use gradient='reparam', or a family of fixed support.",
+                site=name,
+            )

@@ -1,0 +1,59 @@
+"""A batch as the arguments of a program: its rows, its description, and errors that name it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from pyro_aevb._types import Args, Kwargs
+from pyro_aevb.errors import AEVBError, DataError, ModelError
+
+__all__ = ["batch_rows", "describe_batch", "explained", "take_rows"]
+
+
+def batch_rows(args: Args, kwargs: Kwargs) -> int | None:
+    """Return the length of the first tensor argument, the number of rows that a batch offers; ``None`` without tensors."""
+    tensors = (item for item in (*args, *kwargs.values()) if isinstance(item, Tensor) and item.dim() > 0)
+    return next((len(tensor) for tensor in tensors), None)
+
+
+def take_rows(args: Args, kwargs: Kwargs, rows: slice | Tensor) -> tuple[Args, dict[str, Any]]:
+    """Take rows out of every tensor of a batch."""
+
+    def take(item: Any) -> Any:
+        return item[rows] if isinstance(item, Tensor) and item.dim() > 0 else item
+
+    return tuple(take(item) for item in args), {name: take(item) for name, item in kwargs.items()}
+
+
+def describe_batch(args: Args, kwargs: Kwargs) -> str:
+    """Say what a batch is, for messages: each argument's type and shape."""
+    named = [(str(index), item) for index, item in enumerate(args)] + list(kwargs.items())
+    return ", ".join(
+        f"{name}: {str(item.dtype).removeprefix('torch.')} {list(item.shape)}"
+        if isinstance(item, Tensor)
+        else f"{name}: {item!r}"
+        for name, item in named
+    )
+
+
+@contextmanager
+def explained(what: str, args: Args, kwargs: Kwargs) -> Iterator[None]:
+    """Turn a failure inside a user's program into an error that names the program's input and a likely cause."""
+    try:
+        yield
+    except AEVBError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
+        text = str(error)
+        hint = "check that the batch has the shapes that the program expects"
+        if "dtype" in text or "expected scalar type" in text or "Float but" in text:
+            hint = "convert the argument with .float() or to the dtype of the program's parameters"
+        nan = [name for name, item in enumerate(args) if isinstance(item, Tensor) and not item.isfinite().all()]
+        if nan:
+            message = f"The {what} failed on data with NaN or infinity in argument {nan[0]}: {text}. Remove or mask these entries."
+            raise DataError(message) from error
+        raise ModelError(
+            f"The {what} failed on a batch of ({describe_batch(args, kwargs)}): {text}. Likely mend: {hint}."
+        ) from error
