@@ -22,6 +22,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
+from torch.nn.parameter import is_lazy
 
 from pyro_aevb._types import PyroProgram
 from pyro_aevb.errors import AEVBWarning, ParameterError
@@ -96,15 +97,30 @@ def _names(code: types.CodeType) -> set[str]:
 
 @contextmanager
 def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Leave random generators and buffers as they were before the block."""
-    buffers = [(buffer, buffer.detach().clone()) for root in modules for buffer in root.buffers()]
+    """Leave random generators and buffers as they were before the block.
+
+    The block works on copies of the buffers: writing saved values back would touch tensors that a backward pass still needs.
+    """
+    every = _modules_below(modules)
+    saved = [dict(module._buffers) for module in every]
     with preserved_rng():
         try:
+            for module in every:
+                module._buffers.update({name: _copied(buffer) for name, buffer in module._buffers.items()})
             yield
         finally:
-            with torch.no_grad():
-                for buffer, saved in buffers:
-                    buffer.copy_(saved)
+            for module, buffers in zip(every, saved, strict=True):
+                module._buffers.update(buffers)
+
+
+def _copied(buffer: Tensor | None) -> Tensor | None:
+    """Copy a buffer; one that a lazy module has yet to make stays, and is made."""
+    return buffer if buffer is None or is_lazy(buffer) else buffer.detach().clone()
+
+
+def _modules_below(roots: Iterable[nn.Module]) -> list[nn.Module]:
+    """List modules and their submodules, each once."""
+    return list({id(module): module for root in roots for module in root.modules()}.values())
 
 
 @contextmanager
@@ -128,7 +144,7 @@ def preserved_state(modules: Iterable[nn.Module], *, evaluate: bool = True) -> I
 @contextmanager
 def evaluating(*programs: PyroProgram) -> Iterator[None]:
     """Run the modules that programs reach in eval mode inside the block."""
-    every = [module for root in find_modules(*programs) for module in root.modules()]
+    every = _modules_below(find_modules(*programs))
     modes = [module.training for module in every]
     try:
         for module in every:
@@ -158,17 +174,25 @@ class _DetachParameters(Messenger):
             message["value"] = detached
 
 
-class _Call(nn.Module):
-    """A function as a module that owns the modules it reaches, for ``torch.func.functional_call``."""
+@contextmanager
+def _swapped_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put detached tensors in the place of modules' parameters.
 
-    def __init__(self, modules: list[nn.Module], function: PyroProgram) -> None:
-        super().__init__()
-        self.reached = nn.ModuleList(modules)
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
-        return self.function(*args, **kwargs)
+    ``torch.func.functional_call`` does not serve: it loses the parameters of a module that is registered under two names.
+    """
+    every = _modules_below(modules)
+    saved = [dict(module._parameters) for module in every]
+    detached = {
+        id(parameter): parameter.detach() for held in saved for parameter in held.values() if parameter is not None
+    }
+    try:
+        for module, held in zip(every, saved, strict=True):
+            swapped: Any = {name: parameter if parameter is None else detached[id(parameter)] for name, parameter in held.items()}
+            module._parameters.update(swapped)
+        yield
+    finally:
+        for module, held in zip(every, saved, strict=True):
+            module._parameters.update(held)
 
 
 def detached_parameters(program: PyroProgram) -> PyroProgram:
@@ -180,12 +204,10 @@ def detached_parameters(program: PyroProgram) -> PyroProgram:
     modules = find_modules(program)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        call = _Call(modules, program)
-        parameters = {name: parameter.detach() for name, parameter in call.named_parameters()}
         # pyro.module warns for each parameter that does not require a gradient, which here is the point
-        with _DetachParameters(), warnings.catch_warnings():
+        with _DetachParameters(), _swapped_parameters(modules), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
-            return torch.func.functional_call(call, parameters, args, dict(kwargs))
+            return program(*args, **kwargs)
 
     return run
 
@@ -302,7 +324,8 @@ class Program(nn.Module):
 
     def reaches(self, parameter: nn.Parameter) -> bool:
         """Tell whether a parameter belongs to a module that model or guide reach."""
-        return id(parameter) in self._reachable
+        # while a graph is recorded, modules hold stand-ins for their parameters
+        return id(parameter) in self._reachable or any(parameter is other for other in self.reached.parameters())
 
     def declare(self, name: str, initial: Tensor | Callable[[], Tensor], constraint: constraints.Constraint) -> None:
         """Make the parameter of a ``pyro.param`` statement from its initial value.
