@@ -1,26 +1,51 @@
-"""Seeds: run a block under a seed of its own, or leave the generators as they were."""
+"""Seeds: run a block under a seed of its own, draw the same again, or leave the generators as they were."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro.util import get_rng_state, set_rng_state
+from torch import Tensor
 
-__all__ = ["preserved_rng", "seeded"]
+__all__ = ["RandomState", "preserved_rng", "random_state", "replayed_rng", "seeded"]
+
+
+class RandomState(NamedTuple):
+    """States of the generators: torch's on the CPU, random's and numpy's, and torch's on every other device."""
+
+    host: dict[str, Any]
+    devices: list[Tensor]
+
+
+def random_state() -> RandomState:
+    """Return the states of torch (every device), random and numpy."""
+    return RandomState(get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+
+
+def _restore(state: RandomState) -> None:
+    set_rng_state(state.host)
+    if state.devices:
+        torch.cuda.set_rng_state_all(state.devices)
 
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
     """Restore the states of torch (every device), random and numpy on leaving the block."""
-    state = get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    state = random_state()
     try:
         yield
     finally:
-        set_rng_state(state)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        _restore(state)
+
+
+@contextmanager
+def replayed_rng(state: RandomState) -> Iterator[None]:
+    """Draw again what was drawn from a state on, and leave the generators as they were."""
+    with preserved_rng():
+        _restore(state)
+        yield
 
 
 @contextmanager

@@ -14,9 +14,11 @@ from pyro_aevb.program.agreement import check_guide, check_masks
 from pyro_aevb.program.dependencies import prior_parents
 from pyro_aevb.program.divergence import closed_form_kl
 from pyro_aevb.program.fixed_rank import module_ranks
-from pyro_aevb.program.parameters import detached_parameters, find_modules, preserved_state
+from pyro_aevb.program.parameters import detached_parameters, find_modules, preserved_buffers, preserved_state
 from pyro_aevb.program.particles import ParticleAxes, Records, SiteRecord, run_program
+from pyro_aevb.program.sites import SharedIndices, SpentNoise
 from pyro_aevb.program.structure import Structure, read_structure
+from pyro_aevb.randomness import random_state, replayed_rng
 from pyro_aevb.weights import LatentTerm, ObservedTerm, Terms
 
 __all__ = ["ImportanceProgram", "find_non_finite"]
@@ -62,6 +64,8 @@ class ImportanceProgram:
         self._batch = (args, kwargs)
         self._ranks: dict[torch.nn.Module, tuple[int, ...]] | None = None
         self._is_vectorized: dict[tuple[bool, bool], bool] = {}
+        self._indices = SharedIndices()
+        self._noise = random_state()
 
     @property
     def names(self) -> frozenset[str]:
@@ -79,22 +83,40 @@ class ImportanceProgram:
         return replace(single, is_vectorized=self._is_vectorized[key])
 
     def sample_guide(self, args: Args, kwargs: Kwargs, axes: ParticleAxes, *, values: Values | None = None) -> Records:
-        """Draw from the guide; sites named in ``values`` keep their value."""
-        return run_program(self.guide, self.structure, axes, args, kwargs, values=values, ranks=self._ranks)
+        """Draw from the guide; sites named in ``values`` keep their value, and plates then the rows that they drew before."""
+        if not values:
+            self._indices, self._noise = SharedIndices(), random_state()
+        return self._run(self.guide, args, kwargs, axes, values or {})
 
-    def rescore_guide(self, args: Args, kwargs: Kwargs, axes: ParticleAxes, values: Values) -> Records:
-        """Weigh given values under the guide with its parameters detached and the values live."""
-        program = detached_parameters(self.guide)
-        return run_program(program, self.structure, axes, args, kwargs, values=values, ranks=self._ranks)
+    def rescore_guide(
+        self, args: Args, kwargs: Kwargs, axes: ParticleAxes, values: Values, *, is_detached: bool = True
+    ) -> Records:
+        """Weigh values that :meth:`sample_guide` has just drawn once more, with the values live.
+
+        The guide sees the same rows and the same noise again (dropout), and its buffers stay as they are.
+
+        Args:
+            args: The batch, as positional arguments.
+            kwargs: The batch, as keyword arguments.
+            axes: The axes of the draw.
+            values: The draw.
+            is_detached: Whether to detach the guide's parameters.
+        """
+        program = detached_parameters(self.guide) if is_detached else self.guide
+        with preserved_buffers(self.modules), replayed_rng(self._noise), SpentNoise():
+            return self._run(program, args, kwargs, axes, values)
 
     def score_model(self, args: Args, kwargs: Kwargs, axes: ParticleAxes, values: Values) -> Records:
-        """Weigh given values under the model."""
-        return run_program(self.model, self.structure, axes, args, kwargs, values=values, ranks=self._ranks)
+        """Weigh given values under the model, on the rows that the guide saw."""
+        return self._run(self.model, args, kwargs, axes, values)
 
     def simulate_model(self, args: Args, kwargs: Kwargs, axes: ParticleAxes, values: Values) -> Records:
         """Draw the model's observed sites given values of its latents."""
-        program = poutine.uncondition(self.model)
-        return run_program(program, self.structure, axes, args, kwargs, values=values, ranks=self._ranks)
+        return self._run(poutine.uncondition(self.model), args, kwargs, axes, values)
+
+    def _run(self, program: PyroProgram, args: Args, kwargs: Kwargs, axes: ParticleAxes, values: Values) -> Records:
+        with self._indices:
+            return run_program(program, self.structure, axes, args, kwargs, values=values, ranks=self._ranks)
 
     def terms(self, model: Records, guide: Records, axes: ParticleAxes, kl_sites: Collection[str] = ()) -> Terms:
         """Join the records of model and guide, site by site.
@@ -232,7 +254,7 @@ def find_non_finite(
     model: PyroProgram, guide: PyroProgram, structure: Structure, args: Args, kwargs: Kwargs
 ) -> NonFiniteError | None:
     """Run once and name the first site, guide before model, whose log density is NaN or infinite, where there is one."""
-    with preserved_state(find_modules(model, guide), evaluate=False), torch.no_grad():
+    with preserved_state(find_modules(model, guide), evaluate=False), torch.no_grad(), SharedIndices():
         guide_sites = run_program(guide, structure, ParticleAxes(), args, kwargs)
         values = {name: site.value for name, site in guide_sites.items()}
         model_sites = run_program(model, structure, ParticleAxes(), args, kwargs, values=values)

@@ -187,7 +187,9 @@ def _swapped_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
     }
     try:
         for module, held in zip(every, saved, strict=True):
-            swapped: Any = {name: parameter if parameter is None else detached[id(parameter)] for name, parameter in held.items()}
+            swapped: Any = {
+                name: parameter if parameter is None else detached[id(parameter)] for name, parameter in held.items()
+            }
             module._parameters.update(swapped)
         yield
     finally:

@@ -7,7 +7,7 @@ must agree in the loss and in every gradient, else the eager module is used, wit
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -23,6 +23,9 @@ from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.randomness import preserved_rng
 
 __all__ = ["ObjectiveModule", "record", "stage"]
+
+_SEED = 13126114
+"""Seed of the gate's two runs: none that a user's program is likely to be recorded under, so that frozen noise shows."""
 
 
 class ObjectiveModule(nn.Module):
@@ -158,15 +161,20 @@ def record(module: nn.Module, *inputs: Tensor) -> nn.Module:
         module: A module that returns a scalar.
         *inputs: Tensors to record with; later calls must have their shapes.
     """
-    with preserved_rng():
-        module(*inputs)
+    with preserved_state([module], evaluate=False):
+        unknown = _unknown_leaves(module, module(*inputs))
+    if unknown:
+        return _eager(
+            module,
+            f"parameters of shapes {unknown} belong to a network that model and guide reach in a way that can't be followed; make "
+            f"it an attribute of their nn.Module, or register it with pyro.module",
+        )
     try:
-        with preserved_state([module], evaluate=False), pyro.validation_enabled(False):
+        # a graph holds the very buffers that the module has while it is recorded, so that these are not put aside
+        with preserved_rng(), pyro.get_param_store().scope(), pyro.validation_enabled(False):
             graph = torch.export.export(module, inputs, strict=False).module()
     except Exception as error:
-        return _eager(
-            module, f"it can't be recorded ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
-        )
+        return _eager(module, f"it can't be recorded ({_first_line(error)})")
     reason = _difference(module, graph, inputs)
     return _eager(module, reason) if reason else graph
 
@@ -178,37 +186,79 @@ def _eager(module: nn.Module, reason: str) -> nn.Module:
     return module
 
 
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0].strip()[:200]}"
+
+
+def _unknown_leaves(module: nn.Module, loss: Tensor) -> list[list[int]]:
+    """Return the shapes of tensors that the loss differentiates and that are not the module's parameters."""
+    known = {id(parameter) for parameter in module.parameters()}
+    pending: list[Any] = [loss.grad_fn]
+    seen: set[Any] = {None}
+    unknown = []
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            unknown.append(list(leaf.shape))
+        pending.extend(function for function, _ in node.next_functions)
+    return unknown
+
+
+class _Run(NamedTuple):
+    """What one run of a module gave.
+
+    Attributes:
+        loss: Its loss, detached.
+        gradients: Gradient of each parameter, ``None`` where it has none.
+        buffers: Buffers after the run, by name.
+    """
+
+    loss: Tensor
+    gradients: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+
+
 def _difference(module: nn.Module, graph: nn.Module, inputs: tuple[Tensor, ...]) -> str:
-    """Compare loss and gradients of an eager and a recorded run under one seed; return what differs, or nothing."""
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    eager, recorded = (_loss_and_gradients(run, module, parameters, inputs) for run in (module, graph))
-    if isinstance(recorded, str):
-        return recorded
-    if not _is_close(eager[0], recorded[0]):
-        return f"the recorded loss is {recorded[0].item():.6g}, the eager one {eager[0].item():.6g}"
-    for name, a, b in zip(names, eager[1], recorded[1], strict=True):
-        if (a is None) != (b is None) or (a is not None and not _is_close(a, b)):
+    """Compare an eager and a recorded run under one seed; return what differs, or nothing."""
+    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    eager = _run(module, parameters, inputs)
+    try:
+        recorded = _run(graph, parameters, inputs)
+    except RuntimeError as error:
+        return f"the recorded run failed ({_first_line(error)})"
+    if not _is_close(eager.loss, recorded.loss):
+        return f"the recorded loss is {recorded.loss.item():.6g}, the eager one {eager.loss.item():.6g}"
+    for name, gradient in eager.gradients.items():
+        if not _is_close(gradient, recorded.gradients[name]):
             return f"the recorded gradient of parameter {name!r} is not the eager one"
+    for name, buffer in recorded.buffers.items():
+        if name in eager.buffers and not _is_close(eager.buffers[name], buffer):
+            return f"the recorded run leaves another value in buffer {name!r} than the eager one"
     return ""
 
 
-def _loss_and_gradients(
-    run: nn.Module, module: nn.Module, parameters: tuple[nn.Parameter, ...], inputs: tuple[Tensor, ...]
-) -> Any:
-    with preserved_state([module], evaluate=False), pyro.validation_enabled(False):
-        torch.manual_seed(0)
-        try:
-            loss = run(*inputs)
-            return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
-        except RuntimeError as error:
-            return f"the recorded run failed ({str(error).strip().splitlines()[0][:200]})"
+def _run(run: nn.Module, parameters: dict[str, nn.Parameter], inputs: tuple[Tensor, ...]) -> _Run:
+    """Run once under a seed, and leave generators and buffers as they were."""
+    with preserved_state([run], evaluate=False), pyro.validation_enabled(False):
+        pyro.set_rng_seed(_SEED)
+        loss = run(*inputs)
+        gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
+        if parameters and loss.requires_grad:
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        buffers = {name: buffer.clone() for name, buffer in run.named_buffers()}
+        return _Run(loss.detach(), dict(zip(parameters, gradients, strict=True)), buffers)
 
 
-def _is_close(a: Tensor, b: Tensor) -> bool:
-    """Hold recorded numbers against eager ones: rtol 1e-5 in float32, 1e-10 in float64, relative to the largest entry."""
-    if a.shape != b.shape:
-        return False
-    tolerance = 1e-5 if a.dtype == torch.float32 else 1e-10
+def _is_close(a: Tensor | None, b: Tensor | None) -> bool:
+    """Hold recorded numbers against eager ones: rtol 1e-5, in float64 1e-10, relative to the largest entry."""
+    if a is None or b is None or a.shape != b.shape:
+        return a is b
+    tolerance = 1e-10 if a.dtype == torch.float64 else 1e-5
     return torch.allclose(
         a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()) if a.numel() else 0.0, equal_nan=True
     )
