@@ -1,13 +1,17 @@
 """Auto-Encoding Variational Bayes (Kingma & Welling, arXiv 1312.6114) for any Pyro model with continuous latents."""
 
-from pyro_aevb.aevb import AEVB
-from pyro_aevb.evidence.importance import log_marginal
-from pyro_aevb.evidence.result import LogMarginal
-from pyro_aevb.objectives.importance_weighted import IWELBO
-from pyro_aevb.objectives.sgvb import SGVB
-from pyro_aevb.prediction import embed, posterior, predict, reconstruct, simulate
-from pyro_aevb.program.staging import stage
-from pyro_aevb.training.loop import FitResult, fit
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_aevb.aevb import AEVB
+    from pyro_aevb.evidence.importance import log_marginal
+    from pyro_aevb.evidence.result import LogMarginal
+    from pyro_aevb.objectives.importance_weighted import IWELBO
+    from pyro_aevb.objectives.sgvb import SGVB
+    from pyro_aevb.prediction import embed, posterior, predict, reconstruct, simulate
+    from pyro_aevb.program.staging import stage
+    from pyro_aevb.training.loop import FitResult, fit
 
 __version__ = "0.1.0"
 
@@ -26,3 +30,31 @@ __all__ = [
     "simulate",
     "stage",
 ]
+
+# Names are looked up when they are first used (PEP 562), so that `python -m pyro_aevb --help` need not wait for torch.
+_HOMES = {
+    "AEVB": "aevb",
+    "IWELBO": "objectives.importance_weighted",
+    "SGVB": "objectives.sgvb",
+    "FitResult": "training.loop",
+    "LogMarginal": "evidence.result",
+    "embed": "prediction",
+    "fit": "training.loop",
+    "log_marginal": "evidence.importance",
+    "posterior": "prediction",
+    "predict": "prediction",
+    "reconstruct": "prediction",
+    "simulate": "prediction",
+    "stage": "program.staging",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
