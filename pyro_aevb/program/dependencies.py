@@ -8,7 +8,8 @@ from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
-from pyro_aevb.program.parameters import find_modules, preserved_state
+from pyro_aevb.program.parameters import preserved_state
+from pyro_aevb.program.reach import find_modules
 from pyro_aevb.program.sites import ReplayValues, sample_sites
 
 __all__ = ["prior_parents"]

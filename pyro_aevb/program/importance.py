@@ -14,8 +14,9 @@ from pyro_aevb.program.agreement import check_guide, check_masks
 from pyro_aevb.program.dependencies import prior_parents
 from pyro_aevb.program.divergence import closed_form_kl
 from pyro_aevb.program.fixed_rank import module_ranks
-from pyro_aevb.program.parameters import detached_parameters, find_modules, preserved_buffers, preserved_state
+from pyro_aevb.program.parameters import detached_parameters, preserved_buffers, preserved_state
 from pyro_aevb.program.particles import ParticleAxes, Records, SiteRecord, run_program
+from pyro_aevb.program.reach import find_modules
 from pyro_aevb.program.sites import SharedIndices, SpentNoise
 from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.randomness import random_state, replayed_rng
@@ -59,13 +60,14 @@ class ImportanceProgram:
         self.modules = find_modules(model, guide)
         self.structure = structure or read_structure(model, args, kwargs, guide=guide, data_plate=data_plate)
         with preserved_state(self.modules):
-            self.guide_sites: Records = run_program(guide, self.structure, ParticleAxes(), args, kwargs)
+            self.guide_sites = self._of_guide(run_program(guide, self.structure, ParticleAxes(), args, kwargs))
         check_guide(self.structure, self.guide_sites)
         self._batch = (args, kwargs)
         self._ranks: dict[torch.nn.Module, tuple[int, ...]] | None = None
         self._is_vectorized: dict[tuple[bool, bool], bool] = {}
         self._indices = SharedIndices()
         self._noise = random_state()
+        self._detached_guide = detached_parameters(guide)
 
     @property
     def names(self) -> frozenset[str]:
@@ -86,7 +88,7 @@ class ImportanceProgram:
         """Draw from the guide; sites named in ``values`` keep their value, and plates then the rows that they drew before."""
         if not values:
             self._indices, self._noise = SharedIndices(), random_state()
-        return self._run(self.guide, args, kwargs, axes, values or {})
+        return self._of_guide(self._run(self.guide, args, kwargs, axes, values or {}))
 
     def rescore_guide(
         self, args: Args, kwargs: Kwargs, axes: ParticleAxes, values: Values, *, is_detached: bool = True
@@ -102,9 +104,13 @@ class ImportanceProgram:
             values: The draw.
             is_detached: Whether to detach the guide's parameters.
         """
-        program = detached_parameters(self.guide) if is_detached else self.guide
+        program = self._detached_guide if is_detached else self.guide
         with preserved_buffers(self.modules), replayed_rng(self._noise), SpentNoise():
-            return self._run(program, args, kwargs, axes, values)
+            return self._of_guide(self._run(program, args, kwargs, axes, values))
+
+    def _of_guide(self, records: Records) -> Records:
+        """Leave out the observed sites that a guide shows when it runs the model by itself, as Pyro's messenger guides do."""
+        return {name: site for name, site in records.items() if not (site.is_observed and name in self.structure.sites)}
 
     def score_model(self, args: Args, kwargs: Kwargs, axes: ParticleAxes, values: Values) -> Records:
         """Weigh given values under the model, on the rows that the guide saw."""

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_map_only
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import ModelError, SettingError
 from pyro_aevb.program.batch import explained
-from pyro_aevb.program.parameters import find_modules, preserved_state
+from pyro_aevb.program.parameters import preserved_state
+from pyro_aevb.program.reach import find_modules
 from pyro_aevb.program.sites import sample_sites
 from pyro_aevb.program.structure import Structure, read_structure
 

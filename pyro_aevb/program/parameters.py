@@ -6,8 +6,6 @@ empty param store, so that a ``PyroModule`` uses its own tensors, and serves ``p
 programs in one process can then use one name for two parameters.
 """
 
-import functools
-import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,6 +16,7 @@ from weakref import WeakValueDictionary, ref
 import pyro
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor, nn
@@ -26,73 +25,10 @@ from torch.nn.parameter import is_lazy
 
 from pyro_aevb._types import PyroProgram
 from pyro_aevb.errors import AEVBWarning, ParameterError
+from pyro_aevb.program.reach import code_names, find_modules, modules_below
 from pyro_aevb.randomness import preserved_rng
 
-__all__ = ["Program", "detached_parameters", "evaluating", "find_modules", "preserved_buffers", "preserved_state"]
-
-_LIBRARIES = ("torch", "pyro", "numpy", "builtins", "functools", "pyro_aevb")
-
-
-def find_modules(*programs: Any) -> list[nn.Module]:
-    """List the modules that programs are, are methods of, or reach through closures, globals, partials and containers.
-
-    Globals count only by the names that a program's code reads. Each module is listed once, its submodules are not.
-    """
-    found: dict[int, nn.Module] = {}
-    pending, seen = list(programs), set()
-    while pending:
-        item = pending.pop(0)
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, nn.Module):
-            found[id(item)] = item
-        else:
-            pending.extend(_reached_by(item))
-    inner = {id(child) for module in found.values() for child in module.modules() if child is not module}
-    return [module for key, module in found.items() if key not in inner]
-
-
-def _reached_by(item: Any) -> Iterable[Any]:
-    """Return what a callable or a container holds and may run."""
-    if isinstance(item, types.MethodType):
-        return (item.__self__, item.__func__)
-    if isinstance(item, functools.partial):
-        return (item.func, *item.args, *item.keywords.values())
-    if isinstance(item, types.FunctionType):
-        return () if item.__module__.split(".")[0] in _LIBRARIES else _reached_by_function(item)
-    if isinstance(item, (list, tuple)):
-        return item
-    if isinstance(item, dict):
-        return item.values()
-    is_library = type(item).__module__.split(".")[0] in _LIBRARIES
-    if isinstance(item, (type, types.ModuleType)) or is_library or not hasattr(item, "__dict__"):
-        return ()
-    return (vars(type(item)).get("__call__"), *vars(item).values())
-
-
-def _reached_by_function(function: types.FunctionType) -> Iterable[Any]:
-    """Return what a function's closure, defaults, wrapped function and named globals hold."""
-    yield from (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
-    yield getattr(function, "__wrapped__", None)
-    for name in _names(function.__code__):
-        yield function.__globals__.get(name)
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    """Tell whether a closure's cell has a value yet (a recursive function's own cell may not)."""
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """Return the names that code reads, in nested functions too."""
-    nested = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(code.co_names).union(*(_names(inner) for inner in nested))
+__all__ = ["Program", "detached_parameters", "evaluating", "preserved_buffers", "preserved_state"]
 
 
 @contextmanager
@@ -101,7 +37,7 @@ def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     The block works on copies of the buffers: writing saved values back would touch tensors that a backward pass still needs.
     """
-    every = _modules_below(modules)
+    every = modules_below(modules)
     saved = [dict(module._buffers) for module in every]
     with preserved_rng():
         try:
@@ -116,11 +52,6 @@ def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _copied(buffer: Tensor | None) -> Tensor | None:
     """Copy a buffer; one that a lazy module has yet to make stays, and is made."""
     return buffer if buffer is None or is_lazy(buffer) else buffer.detach().clone()
-
-
-def _modules_below(roots: Iterable[nn.Module]) -> list[nn.Module]:
-    """List modules and their submodules, each once."""
-    return list({id(module): module for root in roots for module in root.modules()}.values())
 
 
 @contextmanager
@@ -144,7 +75,7 @@ def preserved_state(modules: Iterable[nn.Module], *, evaluate: bool = True) -> I
 @contextmanager
 def evaluating(*programs: PyroProgram) -> Iterator[None]:
     """Run the modules that programs reach in eval mode inside the block."""
-    every = _modules_below(find_modules(*programs))
+    every = modules_below(find_modules(*programs))
     modes = [module.training for module in every]
     try:
         for module in every:
@@ -180,7 +111,7 @@ def _swapped_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     ``torch.func.functional_call`` does not serve: it loses the parameters of a module that is registered under two names.
     """
-    every = _modules_below(modules)
+    every = modules_below(modules)
     saved = [dict(module._parameters) for module in every]
     detached = {
         id(parameter): parameter.detach() for held in saved for parameter in held.values() if parameter is not None
@@ -224,20 +155,43 @@ class _Serve(Messenger):
     def _pyro_param(self, message: Message) -> None:
         name, args = str(message["name"]), message["args"]
         initial = args[1] if len(args) > 1 else None
-        if not self.program.owns(name):
-            # a PyroModule's or pyro.module's parameter is its own, and served by the (empty) store
-            if initial is None or (isinstance(initial, nn.Parameter) and self.program.reaches(initial)):
-                return
+        if isinstance(initial, nn.Parameter) and self.program.reaches(initial):
+            # a module's own parameter; Pyro's store would take it too, and thaw it if it is frozen
+            message["value"] = initial
+        elif self.program.owns(name) or initial is not None:
             constraint = message["kwargs"].get("constraint", constraints.real)
-            self.program.declare(name, initial, constraint)
-        message["value"] = self.program.constrained(name, message["kwargs"].get("constraint"))
+            if initial is not None and not self.program.owns(name):
+                self.program.declare(name, initial, constraint)
+            message["value"] = self.program.constrained(name, constraint)
+        else:
+            return  # a PyroModule asks for what it has just put into the (else empty) store
         message["done"] = message["stop"] = True
 
 
 def _makes_parameters(program: PyroProgram) -> bool:
-    """Tell whether a program may make parameters as it runs: a function, or an automatic guide before its first call."""
+    """Tell whether a program may make parameters as it runs.
+
+    A function may; a module if it is an automatic guide before its first call, has lazy parameters, or names ``pyro.param``.
+    """
     owner = getattr(program, "__self__", program)
-    return not isinstance(owner, nn.Module) or getattr(owner, "prototype_trace", True) is None
+    if not isinstance(owner, nn.Module):
+        return True
+    if getattr(owner, "prototype_trace", True) is None or any(map(is_lazy, owner.parameters())):
+        return True
+    code = getattr(getattr(program, "__func__", type(owner).forward), "__code__", None)
+    return code is not None and "param" in code_names(code)
+
+
+def _check_local_params(modules: Iterable[nn.Module]) -> None:
+    """Refuse modules that were made before Pyro's setting ``module_local_params`` was switched on: Pyro can't run them."""
+    if not pyro.settings.get("module_local_params"):
+        return
+    for module in modules_below(modules):
+        if isinstance(module, PyroModule) and not hasattr(module._pyro_context, "param_state"):
+            raise ParameterError(
+                f"The PyroModule {type(module).__name__} was made before pyro.settings.set(module_local_params=True), and Pyro "
+                f"can't run it with this setting. Switch it on before making any PyroModule, or leave it off."
+            )
 
 
 def _escape(name: str) -> str:
@@ -274,6 +228,7 @@ class Program(nn.Module):
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "guide", guide)
         self.reached = nn.ModuleList(find_modules(model, guide))
+        _check_local_params(self.reached)
         self.parameters_by_name = nn.ParameterDict()
         self._constraints: dict[str, constraints.Constraint] = {}
         self._reachable: set[int] = set()

@@ -12,7 +12,8 @@ from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution
 from pyro_aevb.errors import DataError, ModelError, NonFiniteError
 from pyro_aevb.program.batch import batch_rows, explained
 from pyro_aevb.program.dependencies import prior_parents
-from pyro_aevb.program.parameters import find_modules, preserved_state
+from pyro_aevb.program.parameters import preserved_state
+from pyro_aevb.program.reach import find_modules
 from pyro_aevb.program.sites import Nodes, ReplayValues, sample_sites
 
 __all__ = ["Site", "Structure", "read_structure"]
