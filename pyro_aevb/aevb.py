@@ -3,20 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.infer import ELBO
+from torch import Tensor
 
 from pyro_aevb._types import PyroProgram, Values
-from pyro_aevb.errors import GuideError, SettingError
+from pyro_aevb.errors import FileError, GuideError, SettingError
 from pyro_aevb.evidence.importance import log_marginal
 from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.objectives.base import Objective
 from pyro_aevb.objectives.importance_weighted import IWELBO
 from pyro_aevb.objectives.sgvb import SGVB
 from pyro_aevb.prediction import embed, posterior, predict, reconstruct, simulate
+from pyro_aevb.program.settings import check_covariates, check_settings
 from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.randomness import seeded
-from pyro_aevb.training.checkpoint import read_header, restore, save
+from pyro_aevb.training.checkpoint import describe, read_header, restore, save
 from pyro_aevb.training.data import Batch, as_batch, as_source
 from pyro_aevb.training.loop import FitResult, fit_module
 from pyro_aevb.training.stepper import Stepper, default_optimizer
@@ -24,7 +27,7 @@ from pyro_aevb.training.stepper import Stepper, default_optimizer
 __all__ = ["AEVB"]
 
 OBJECTIVES: dict[str, type[Objective]] = {"SGVB": SGVB, "IWELBO": IWELBO}
-"""Objectives that a saved file can name."""
+"""Objectives that a saved file can name and rebuild."""
 
 
 class AEVB:
@@ -101,6 +104,7 @@ class AEVB:
         self._module = ObjectiveModule(model, guide, objective, num_data=num_data, data_plate=data_plate)
         self._stepper: Stepper | None = None
         self._template: Batch | None = None
+        self._batch_shapes: list[list[Any]] | None = None
 
     @property
     def module(self) -> ObjectiveModule:
@@ -117,7 +121,11 @@ class AEVB:
 
         Returns:
             The history, in nats per row.
+
+        Raises:
+            SettingError: If a setting is unknown or out of range.
         """
+        check_settings(settings, fit_module)
         self._module.num_data = self.num_data
         self._keep_template(as_source(data, settings.get("batch_size")).first())
         self.result = fit_module(self._module, data, **settings)
@@ -141,23 +149,23 @@ class AEVB:
             NonFiniteError: If too many steps in a row were skipped.
             SettingError: If the model has globals and nothing says how many rows there are.
         """
+        check_covariates(covariates, AEVB.partial_fit)
         rows = self._rows(batch, covariates)
-        if self._stepper is None:
-            self._module.build(*rows.args, **rows.kwargs)
-            structure = self._module.structure
-            if (
-                structure is not None
-                and structure.has_globals
-                and structure.data_plate
-                and self._module.num_data is None
-            ):
-                raise SettingError(
-                    "The model has globals, which need to know how many rows there are: AEVB(..., num_data=...)."
-                )
-            self._stepper = Stepper(self._module, default_optimizer(learning_rate))
-            self._keep_template(rows)
         with seeded(seed):
+            if self._stepper is None:
+                self._stepper = self._start(rows, learning_rate)
             return self._stepper.step(rows)
+
+    def _start(self, rows: Batch, learning_rate: float) -> Stepper:
+        """Make the parameters and an optimizer for single steps."""
+        self._module.build(*rows.args, **rows.kwargs)
+        structure = self._module.structure
+        if structure is not None and structure.has_globals and structure.data_plate and self._module.num_data is None:
+            raise SettingError(
+                "The model has globals, which need to know how many rows there are: AEVB(..., num_data=...)."
+            )
+        self._keep_template(rows)
+        return Stepper(self._module, default_optimizer(learning_rate))
 
     def posterior(self, *batch: Any, num_samples: int = 1000, **settings: Any) -> Values:
         """Draw the latents of rows, seen in training or not: :func:`pyro_aevb.prediction.posterior`.
@@ -209,14 +217,14 @@ class AEVB:
         Raises:
             SettingError: If there is no template.
         """
+        check_covariates(covariates, AEVB.simulate)
         if not template and not covariates:
             if self._template is None:
                 raise SettingError("simulate needs a batch as template, for its shapes and covariates; or fit first.")
             template, covariates = self._template.args, self._template.kwargs
-        with self._running(template, covariates):
-            return simulate(
-                self.model, *template, num_rows=num_rows, data_plate=self.data_plate, seed=seed, **covariates
-            )
+        rows = self._rows(template, covariates)
+        with self._running(rows):
+            return simulate(self.model, *rows.args, num_rows=num_rows, data_plate=self._plate, seed=seed, **rows.kwargs)
 
     def to(self, device: torch.device | str) -> "AEVB":
         """Move every parameter and buffer to a device; an optimizer's state is dropped."""
@@ -233,7 +241,7 @@ class AEVB:
         settings: dict[str, Any] = {"data_plate": self.data_plate, "objective": None}
         if isinstance(self.objective, Objective):
             settings["objective"] = [type(self.objective).__name__, self.objective.settings]
-        save(self._module, path, settings, self._template)
+        save(self._module, path, settings, self._batch_shapes)
 
     @classmethod
     def load(
@@ -253,8 +261,13 @@ class AEVB:
         header = read_header(path)
         if objective is None and header["objective"] is not None:
             name, settings = header["objective"]
+            if name not in OBJECTIVES:
+                raise FileError(
+                    f"{path} was saved with the objective {name}, which is not known here: give objective=."
+                )
             objective = OBJECTIVES[name](**settings)
         loaded = cls(model, guide, objective, data_plate=header["data_plate"], num_data=header["num_data"])
+        loaded._batch_shapes = header["batch"]
         restore(loaded._module, path, header)
         return loaded
 
@@ -271,7 +284,13 @@ class AEVB:
             lines.append(f"  {self.result!r}")
         return "\n".join(lines)
 
+    @property
+    def _plate(self) -> str | None:
+        """The data plate: as it was read from the model, else as it was given."""
+        return self._module.structure.data_plate if self._module.structure else self.data_plate
+
     def _keep_template(self, batch: Batch) -> None:
+        self._batch_shapes = describe(batch)
         self._template = Batch(
             tuple(item.clone() for item in batch.args), {n: item.clone() for n, item in batch.kwargs.items()}
         )
@@ -282,19 +301,19 @@ class AEVB:
         device = next((parameter.device for parameter in self._module.program.parameters()), torch.device("cpu"))
         return Batch(tuple(item.to(device) for item in args), {name: item.to(device) for name, item in kwargs.items()})
 
-    def _running(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _running(self, rows: Batch) -> Any:
         """Run model and guide with this wrapper's parameters, made on first use."""
         if not self._module.program.is_built:
-            self._module.build(*args, **kwargs)
+            self._module.build(*rows.args, **rows.kwargs)
         return self._module.program.running()
 
     def _call(self, function: Any, batch: tuple[Any, ...], settings: dict[str, Any], **fixed: Any) -> Any:
         """Call a public function with this wrapper's model, guide, parameters and data plate."""
-        names = function.__kwdefaults__
-        covariates = {name: item for name, item in settings.items() if name not in names}
-        options = {name: item for name, item in settings.items() if name in names}
+        covariates = {name: item for name, item in settings.items() if isinstance(item, (Tensor, np.ndarray))}
+        options = {name: item for name, item in settings.items() if name not in covariates}
+        check_settings(options, function)
         rows = self._rows(batch, covariates)
-        with self._running(rows.args, rows.kwargs):
+        with self._running(rows):
             return function(
-                self.model, self.guide, *rows.args, data_plate=self.data_plate, **fixed, **options, **rows.kwargs
+                self.model, self.guide, *rows.args, data_plate=self._plate, **fixed, **options, **rows.kwargs
             )

@@ -4,31 +4,32 @@ All of them run in eval mode without gradients, in chunks of rows, and return ``
 rows, then inner plates (outer first, axes of size 1 dropped), then the event. Global sites have no rows axis.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import MultivariateStudentT
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
-from tqdm import tqdm
+from torch.distributions import (
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    StudentT,
+    TransformedDistribution,
+)
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
-from pyro_aevb.errors import DataError, SettingError
+from pyro_aevb.errors import SettingError
 from pyro_aevb.program.batch import batch_rows, take_rows
-from pyro_aevb.program.importance import ImportanceProgram
-from pyro_aevb.program.parameters import evaluating
 from pyro_aevb.program.particles import ParticleAxes, SiteRecord, as_draws, run_program
-from pyro_aevb.program.structure import Structure, read_structure
-from pyro_aevb.randomness import seeded
+from pyro_aevb.program.rows import Rows, inferring
+from pyro_aevb.program.settings import check_count, check_covariates
+from pyro_aevb.program.structure import read_structure
 
 __all__ = ["embed", "posterior", "predict", "reconstruct", "simulate"]
-
-CHUNK_DRAWS = 50_000
-"""Draws of a row's sites that are in memory at once by default."""
 
 
 def posterior(
@@ -49,9 +50,11 @@ def posterior(
         guide: The guide, trained.
         *batch: Rows, as positional arguments of the model.
         num_samples: Draws.
-        chunk_size: Rows run at once; by default so many that some 50,000 draws are in memory.
+        chunk_size: Rows run at once; by default so many that some 50,000 draws are in memory. A model that draws its own
+            rows runs as many as it draws, the last chunk padded.
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None``.
-        seed: Seed of the draws; the generators are left as they were.
+        seed: Seed of the draws; the generators are left as they were. A seed reproduces draws under the same ``chunk_size``
+            (and ``num_samples``, which chooses it by default); under another one the draws differ.
         progress: Whether to show a progress bar.
         **covariates: The batch's keyword arguments.
 
@@ -60,11 +63,16 @@ def posterior(
         given the globals of that index.
 
     Raises:
-        SettingError: If ``num_samples`` is below 1.
-        DataError: If there are no rows.
+        SettingError: If ``num_samples`` or ``chunk_size`` is below 1, or a keyword is unknown.
+        DataError: If there are no rows, or NaN reaches a density.
+        ModelError: If the model is not supported or fails on the batch.
+        GuideError: If the guide does not fit the model.
     """
-    draw = _Draws(model, guide, batch, covariates, data_plate, num_samples)
-    with _quietly(seed, model, guide):
+    check_count("num_samples", num_samples)
+    check_count("chunk_size", chunk_size)
+    check_covariates(covariates, posterior)
+    with inferring(seed, model, guide):
+        draw = _Draws(Rows(model, guide, batch, covariates, data_plate), num_samples)
         return draw.run(draw.latents, chunk_size, progress=progress)
 
 
@@ -86,8 +94,11 @@ def predict(
     Returns:
         ``{observed site: [num_samples, rows, ...]}``.
     """
-    draw = _Draws(model, guide, batch, covariates, data_plate, num_samples)
-    with _quietly(seed, model, guide):
+    check_count("num_samples", num_samples)
+    check_count("chunk_size", chunk_size)
+    check_covariates(covariates, predict)
+    with inferring(seed, model, guide):
+        draw = _Draws(Rows(model, guide, batch, covariates, data_plate), num_samples)
         return draw.run(draw.observations, chunk_size, progress=progress)
 
 
@@ -96,13 +107,15 @@ def embed(
 ) -> Values:
     """Return the median of each latent in the guide, each site given the medians of those before it.
 
-    Families without a closed-form quantile get the median of 101 draws under a fixed seed.
+    A transformed distribution gets the image of its base's median, which is its median where the transform acts on each entry
+    alone. Families without a closed form (Gamma, Beta, ...) get the median of 101 draws under a fixed seed.
 
     Returns:
         ``{site: [rows, ...]}``, globals ``[...]``.
     """
-    draw = _Draws(model, guide, batch, covariates, data_plate, 1)
-    with _quietly(0, model, guide):
+    check_covariates(covariates, embed)
+    with inferring(0, model, guide):
+        draw = _Draws(Rows(model, guide, batch, covariates, data_plate), 1)
         return _without_draws(draw.run(draw.medians, None, progress=False))
 
 
@@ -114,8 +127,9 @@ def reconstruct(
     Returns:
         ``{observed site: [rows, ...]}``; a draw under a fixed seed for families without a mean.
     """
-    draw = _Draws(model, guide, batch, covariates, data_plate, 1)
-    with _quietly(0, model, guide):
+    check_covariates(covariates, reconstruct)
+    with inferring(0, model, guide):
+        draw = _Draws(Rows(model, guide, batch, covariates, data_plate), 1)
         return _without_draws(draw.run(draw.means, None, progress=False))
 
 
@@ -139,24 +153,27 @@ def simulate(
 
     Returns:
         ``{site: [rows, ...]}`` for latent and observed sites, globals ``[...]`` (one draw of them for all rows).
+
+    Raises:
+        SettingError: If ``num_rows`` is below 1 or has nothing to recycle, or a keyword is unknown.
+        ModelError: If the model is not supported or fails on the template.
     """
-    rows = batch_rows(template, covariates)
-    if num_rows is not None and rows:
+    check_count("num_rows", num_rows)
+    check_covariates(covariates, simulate)
+    if num_rows is not None:
+        rows = batch_rows(template, covariates)
+        if not rows:
+            raise SettingError(
+                "num_rows recycles the rows of a template, and there is none; bind the number to the model."
+            )
         template, covariates = take_rows(template, covariates, torch.arange(num_rows) % rows)
-    with _quietly(seed, model):
+    with inferring(seed, model):
         structure = read_structure(model, template, covariates, data_plate=data_plate)
         run = poutine.uncondition(model)
         records = run_program(run, structure, ParticleAxes(), template, covariates)
     kinds = ("latent", "observed")
     chosen = [site for name, site in records.items() if structure.sites[name].kind in kinds]
     return _without_draws({site.name: as_draws(site, structure) for site in chosen})
-
-
-@contextmanager
-def _quietly(seed: int | None, *programs: PyroProgram) -> Iterator[None]:
-    """Run programs in eval mode under a seed, without gradients and checks that training did."""
-    with seeded(seed), torch.no_grad(), evaluating(*programs), pyro.validation_enabled(False):
-        yield
 
 
 def _without_draws(draws: Values) -> Values:
@@ -166,68 +183,35 @@ def _without_draws(draws: Values) -> Values:
 class _Draws:
     """Runs of model and guide over the chunks of a batch."""
 
-    def __init__(
-        self,
-        model: PyroProgram,
-        guide: PyroProgram,
-        args: Args,
-        kwargs: Kwargs,
-        data_plate: str | None,
-        num_samples: int,
-    ) -> None:
-        if num_samples < 1:
-            raise SettingError(f"num_samples must be at least 1, got {num_samples}.")
-        self.rows = batch_rows(args, kwargs)
-        if self.rows == 0:
-            raise DataError("The batch has no rows.")
-        self.args, self.kwargs = args, kwargs
+    def __init__(self, rows: Rows, num_samples: int) -> None:
+        self.rows = rows
+        self.program = rows.program
+        self.structure = rows.structure
         self.num_samples = num_samples
-        first = take_rows(args, kwargs, slice(0, 2)) if data_plate is not None else (args, kwargs)
-        with evaluating(model, guide):
-            self.program = ImportanceProgram(model, guide, *first, data_plate=data_plate)
-        self.globals: Values = {}
-
-    @property
-    def structure(self) -> Structure:
-        """The model's structure."""
-        return self.program.structure
 
     def run(
         self, read: Callable[[Args, Kwargs, ParticleAxes], list[SiteRecord]], chunk_size: int | None, *, progress: bool
     ) -> Values:
         """Run every chunk and join local sites along the rows."""
         axes = self.program.axes(self.num_samples, 1)
-        if self.structure.data_plate is None or self.rows is None:
-            return self._layout(read(self.args, self.kwargs, axes))
-        chunk_size = chunk_size or max(1, CHUNK_DRAWS // self.num_samples)
-        parts: list[Values] = []
-        with tqdm(total=self.rows, disable=not progress, unit="row", dynamic_ncols=True) as bar:
-            for start in range(0, self.rows, chunk_size):
-                chunk = take_rows(self.args, self.kwargs, slice(start, start + chunk_size))
-                parts.append(self._layout(read(*chunk, axes)))
-                bar.update(min(chunk_size, self.rows - start))
-        return {name: self._join(name, [part[name] for part in parts]) for name in parts[0]}
+        parts: dict[str, list[Tensor]] = {}
+        for args, kwargs, count in self.rows.chunks(chunk_size, self.num_samples, progress=progress):
+            for site in read(args, kwargs, axes):
+                draws = as_draws(site, self.structure)
+                parts.setdefault(site.name, []).append(draws[:, :count] if self._has_rows(site.name) else draws)
+        return {name: torch.cat(part, 1) if self._has_rows(name) else part[0] for name, part in parts.items()}
 
-    def _join(self, name: str, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts, 1) if self.structure.sites[name].is_local else parts[0]
-
-    def _layout(self, records: list[SiteRecord]) -> Values:
-        return {site.name: as_draws(site, self.structure) for site in records}
-
-    def _sample(self, args: Args, kwargs: Kwargs, axes: ParticleAxes) -> dict[str, SiteRecord]:
-        """Draw from the guide; every chunk of rows keeps the globals of the first."""
-        records = self.program.sample_guide(args, kwargs, axes, values=self.globals)
-        self.globals = self.globals or {name: site.value for name, site in records.items() if not site.is_local}
-        return records
+    def _has_rows(self, name: str) -> bool:
+        return self.structure.data_plate is not None and self.structure.sites[name].is_local
 
     def latents(self, args: Args, kwargs: Kwargs, axes: ParticleAxes) -> list[SiteRecord]:
         """Return draws of the model's latents."""
-        records = self._sample(args, kwargs, axes)
+        records = self.rows.sample_guide(args, kwargs, axes)
         return [site for name, site in records.items() if name in self.program.names]
 
     def observations(self, args: Args, kwargs: Kwargs, axes: ParticleAxes) -> list[SiteRecord]:
         """Return draws of the model's observed sites given draws of its latents."""
-        values = {name: site.value for name, site in self._sample(args, kwargs, axes).items()}
+        values = {name: site.value for name, site in self.rows.sample_guide(args, kwargs, axes).items()}
         return self._observed(self.program.simulate_model(args, kwargs, axes, values))
 
     def medians(self, args: Args, kwargs: Kwargs, axes: ParticleAxes) -> list[SiteRecord]:
@@ -238,7 +222,7 @@ class _Draws:
     def means(self, args: Args, kwargs: Kwargs, axes: ParticleAxes) -> list[SiteRecord]:
         """Return the likelihood's means at the guide's medians."""
         with _Medians():
-            values = {name: site.value for name, site in self._sample(args, kwargs, axes).items()}
+            values = {name: site.value for name, site in self.rows.sample_guide(args, kwargs, axes).items()}
         with _Means({site.name for site in self.structure.select("observed")}):
             return self._observed(self.program.simulate_model(args, kwargs, axes, values))
 
@@ -256,16 +240,25 @@ class _Medians(Messenger):
             message["done"] = True
 
 
+_SYMMETRIC = (LowRankMultivariateNormal, MultivariateNormal, MultivariateStudentT, StudentT)
+"""Families without a quantile function whose median is their location."""
+
+
 def _median(fn: SiteDistribution) -> Tensor:
+    shape = fn.batch_shape + fn.event_shape
+    if isinstance(fn, _SYMMETRIC):
+        return fn.loc
+    if isinstance(fn, Independent) or type(fn).__name__ in ("MaskedDistribution", "ExpandedDistribution"):
+        return _median(fn.base_dist).expand(shape)
+    if isinstance(fn, TransformedDistribution):
+        value = _median(fn.base_dist)
+        for transform in fn.transforms:
+            value = transform(value)
+        return value.expand(shape)
     try:
-        value = fn.icdf(torch.tensor(0.5))
-        if value.shape == fn.batch_shape + fn.event_shape:
-            return value
+        return fn.icdf(torch.tensor(0.5)).expand(shape)
     except NotImplementedError:
-        pass
-    if hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
-        return _median(fn.base_dist).expand(fn.batch_shape + fn.event_shape)
-    return fn.sample((101,)).median(0).values
+        return fn.sample((101,)).median(0).values
 
 
 class _Means(Messenger):

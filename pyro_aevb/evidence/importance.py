@@ -2,24 +2,16 @@
 
 from typing import Any
 
-import pyro
-import torch
-from tqdm import tqdm
-
 from pyro_aevb._types import Args, Kwargs, PyroProgram
-from pyro_aevb.errors import DataError, SettingError
+from pyro_aevb.errors import SettingError
 from pyro_aevb.evidence.result import LogMarginal, concatenate, from_log_weights
 from pyro_aevb.program.agreement import check_separable
-from pyro_aevb.program.batch import batch_rows, take_rows
-from pyro_aevb.program.importance import ImportanceProgram
-from pyro_aevb.program.parameters import evaluating
-from pyro_aevb.randomness import seeded
+from pyro_aevb.program.rows import Rows, inferring
+from pyro_aevb.program.settings import check_count, check_covariates
 
 __all__ = ["log_marginal"]
 
 METHODS = ("importance",)
-CHUNK_DRAWS = 50_000
-"""Draws of all local latents of a row that are weighed at once by default: some 300 MB for 784 pixels in float32."""
 
 
 def log_marginal(
@@ -43,7 +35,8 @@ def log_marginal(
 
     (Burda et al. 2015, arXiv 1509.00519, Eq 8; Rezende et al. 2014, arXiv 1401.4082, App. E). The average of weights is unbiased
     for p(x), so its logarithm is a stochastic lower bound on log p(x). With globals g it is
-    :math:`\log \frac1S \sum_s p(x_n | g_s), g_s \sim q(g)`: the log predictive density under q(g), not evidence. With
+    :math:`\log \frac1S \sum_s p(x_n | g_s), g_s \sim q(g)`: the log predictive density under q(g), not evidence. All rows share
+    these S draws; with S = 1 the standard error is that of :math:`\log p(x_n | g_1)` and says nothing about g. With
     ``data_plate=None`` the whole model is one row, and the result is the joint log evidence.
 
     No gradient. Cost: S * K evaluations of model and guide per row. Modules run in eval mode.
@@ -55,9 +48,11 @@ def log_marginal(
         method: ``"importance"``.
         num_samples: K, draws per row (and per global draw).
         num_global_samples: S, draws of the globals.
-        chunk_size: Rows weighed at once; by default so many that some 50,000 draws are in memory.
+        chunk_size: Rows weighed at once; by default so many that some 50,000 draws are in memory. A model that draws its own
+            rows runs as many as it draws, the last chunk padded.
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None``.
-        seed: Seed of the draws; the generators are left as they were.
+        seed: Seed of the draws; the generators are left as they were. A seed reproduces a result under the same
+            ``chunk_size`` (and ``num_samples``, which chooses it by default); under another one the draws differ.
         progress: Whether to show a progress bar.
         **covariates: The batch's keyword arguments.
 
@@ -66,8 +61,8 @@ def log_marginal(
         and are told in one warning.
 
     Raises:
-        SettingError: If the method is unknown or a number of samples below 1.
-        DataError: If there are no rows.
+        SettingError: If the method is unknown, a number of samples below 1 or a keyword unknown.
+        DataError: If there are no rows, or NaN reaches a density.
         GuideError: If the rows' draws can't be told apart.
         ModelError: If a scale would enter the weights.
 
@@ -87,12 +82,13 @@ def log_marginal(
     """
     if method not in METHODS:
         raise SettingError(f"Unknown method {method!r}; known are {', '.join(map(repr, METHODS))}.")
-    for name, count in (("num_samples", num_samples), ("num_global_samples", num_global_samples)):
-        if count < 1:
-            raise SettingError(f"{name} must be at least 1, got {count}.")
-    with seeded(seed), torch.no_grad(), evaluating(model, guide):
-        estimator = _Importance(model, guide, batch, covariates, data_plate, (num_global_samples, num_samples))
-        result = estimator.run(chunk_size, progress=progress)
+    counts = {"num_samples": num_samples, "num_global_samples": num_global_samples, "chunk_size": chunk_size}
+    for name, count in counts.items():
+        check_count(name, count)
+    check_covariates(covariates, log_marginal)
+    with inferring(seed, model, guide):
+        rows = Rows(model, guide, batch, covariates, data_plate)
+        result = _Importance(rows, num_global_samples, num_samples).run(chunk_size, progress=progress)
     result.warn_if_unreliable(stacklevel=3)
     return result
 
@@ -100,51 +96,31 @@ def log_marginal(
 class _Importance:
     """Importance weights of all rows, chunk by chunk."""
 
-    def __init__(
-        self,
-        model: PyroProgram,
-        guide: PyroProgram,
-        args: Args,
-        kwargs: Kwargs,
-        data_plate: str | None,
-        num_samples: tuple[int, int],
-    ) -> None:
-        rows = batch_rows(args, kwargs)
-        if rows == 0:
-            raise DataError("The batch has no rows.")
-        first = take_rows(args, kwargs, slice(0, 2)) if data_plate is not None else (args, kwargs)
-        self.program = ImportanceProgram(model, guide, *first, data_plate=data_plate)
-        self.args, self.kwargs = args, kwargs
-        structure = self.program.structure
-        self.rows = rows if structure.data_plate is not None and rows is not None else None
-        # without globals another particle is another importance sample
+    def __init__(self, rows: Rows, num_particles: int, num_samples: int) -> None:
+        self.rows = rows
+        structure = rows.structure
         has_globals = structure.has_globals and structure.data_plate is not None
-        self.num_particles, self.num_samples = num_samples if has_globals else (1, num_samples[0] * num_samples[1])
-        plain = "log p(x)" if structure.data_plate is not None else "joint log evidence"
-        self.label = "log predictive under q(globals)" if has_globals else plain
+        # without globals another particle is another importance sample
+        self.num_particles, self.num_samples = (
+            (num_particles, num_samples) if has_globals else (1, num_particles * num_samples)
+        )
+        self.label = "log p(x)" if structure.data_plate is not None else "joint log evidence"
+        if has_globals:
+            self.label = "log predictive under " + ("q(globals)" if num_particles > 1 else "one draw from q(globals)")
 
     def run(self, chunk_size: int | None, *, progress: bool) -> LogMarginal:
         """Weigh every chunk and join the results."""
-        if self.rows is None:
-            return self._weigh(self.args, self.kwargs)
         draws = self.num_particles * self.num_samples
-        chunk_size = chunk_size or max(1, CHUNK_DRAWS // draws)
-        results = []
-        with tqdm(total=self.rows, disable=not progress, unit="row", desc="log p(x)", dynamic_ncols=True) as bar:
-            for start in range(0, self.rows, chunk_size):
-                results.append(self._weigh(*take_rows(self.args, self.kwargs, slice(start, start + chunk_size))))
-                bar.update(len(results[-1]))
-        return concatenate(results)
+        return concatenate([self._weigh(*chunk) for chunk in self.rows.chunks(chunk_size, draws, progress=progress)])
 
-    def _weigh(self, args: Args, kwargs: Kwargs) -> LogMarginal:
-        program = self.program
+    def _weigh(self, args: Args, kwargs: Kwargs, count: int) -> LogMarginal:
+        program = self.rows.program
         axes = program.axes(self.num_particles, self.num_samples)
-        with pyro.validation_enabled(False):
-            guide = program.sample_guide(args, kwargs, axes)
-            model = program.score_model(args, kwargs, axes, {name: site.value for name, site in guide.items()})
+        guide = self.rows.sample_guide(args, kwargs, axes)
+        model = program.score_model(args, kwargs, axes, {name: site.value for name, site in guide.items()})
         check_separable("evidence", model | guide, program.guide_sites)
         weights = program.terms(model, guide, axes).log_weights()
-        local = weights.local
+        local = weights.local[..., :count]
         if program.structure.data_plate is None:
             local = local + weights.global_[:, None, None]
         return from_log_weights(local, label=self.label)

@@ -15,21 +15,21 @@ from pyro_aevb.errors import AEVBError, FileError
 from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.training.data import Batch
 
-__all__ = ["read_header", "restore", "save"]
+__all__ = ["describe", "read_header", "restore", "save"]
 
 FORMAT = 1
 """Version of the file's layout."""
 _KEY = "pyro_aevb"
 
 
-def save(module: ObjectiveModule, path: str | Path, settings: dict[str, Any], batch: Batch | None) -> None:
+def save(module: ObjectiveModule, path: str | Path, settings: dict[str, Any], batch: list[list[Any]] | None) -> None:
     """Write a program atomically: to a temporary file beside the target, flushed to disk, then renamed.
 
     Args:
         module: Model, guide and objective.
         path: Target; a file that is there is replaced only once the new one is whole.
         settings: What is needed to rebuild the wrapper, as JSON values.
-        batch: A batch whose shapes and types are kept, so that loading can read the model's structure without data.
+        batch: Shapes and types of a batch, from :func:`describe`, so that loading can read the model's structure without data.
 
     Raises:
         FileError: If the file can't be written; an old file is left as it was.
@@ -39,7 +39,7 @@ def save(module: ObjectiveModule, path: str | Path, settings: dict[str, Any], ba
     header = settings | {
         "format": FORMAT,
         "fingerprint": module.structure.fingerprint if module.structure else None,
-        "batch": _describe(batch),
+        "batch": batch,
         "pyro_params": sorted(program.unconstrained_params()),
         "num_data": module.num_data,
     }
@@ -55,9 +55,8 @@ def save(module: ObjectiveModule, path: str | Path, settings: dict[str, Any], ba
         raise FileError(f"Could not write {target}: {error}. A file that was there is unchanged.") from error
 
 
-def _describe(batch: Batch | None) -> list[list[Any]] | None:
-    if batch is None:
-        return None
+def describe(batch: Batch) -> list[list[Any]]:
+    """Return name (``None`` by position), type and shape of every tensor of a batch, as JSON values."""
     named = [*((None, item) for item in batch.args), *batch.kwargs.items()]
     return [
         [name, str(item.dtype).removeprefix("torch."), list(item.shape)]
@@ -104,7 +103,7 @@ def restore(module: ObjectiveModule, path: str | Path, header: dict[str, Any]) -
     )
     module.num_data = header["num_data"]
     if header["batch"] is not None:
-        _build_on_zeros(module, header, path)
+        _build_on_constants(module, header, path)
     own = program.state_dict()
     wrong = [name for name in own.keys() | tensors.keys() if not _same_shape(own.get(name), tensors.get(name))]
     if wrong:
@@ -119,9 +118,12 @@ def _same_shape(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.shape == b.shape
 
 
-def _build_on_zeros(module: ObjectiveModule, header: dict[str, Any], path: str | Path) -> None:
-    """Read the structure on a batch of zeros of the saved shapes and hold it against the saved one."""
-    items = [(name, torch.zeros(shape, dtype=getattr(torch, dtype))) for name, dtype, shape in header["batch"]]
+def _build_on_constants(module: ObjectiveModule, header: dict[str, Any], path: str | Path) -> None:
+    """Read the structure on a batch of the saved shapes and hold it against the saved one.
+
+    The batch is one half everywhere, inside the support of nearly every likelihood (0 in whole numbers, ``True`` in masks).
+    """
+    items = [(name, torch.full(shape, 0.5).to(getattr(torch, dtype))) for name, dtype, shape in header["batch"]]
     args = tuple(item for name, item in items if name is None)
     try:
         with pyro.validation_enabled(False):

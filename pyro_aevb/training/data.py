@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_aevb.errors import DataError, SettingError
+from pyro_aevb.randomness import preserved_rng
 
-__all__ = ["Batch", "BatchSource", "as_source"]
+__all__ = ["Batch", "BatchSource", "as_batch", "as_source"]
 
 DEFAULT_BATCH_SIZE = 100
 """M of arXiv 1312.6114, Algorithm 1."""
@@ -56,7 +57,8 @@ class BatchSource(ABC):
 
     def first(self) -> Batch:
         """Return the first batch, in the given order."""
-        batch = next(iter(self.batches()), None)
+        with preserved_rng():  # a DataLoader draws a seed whenever it is asked for batches
+            batch = next(iter(self.batches()), None)
         if batch is None or batch.rows == 0:
             raise DataError("The data are empty: expected at least one row.")
         return batch
@@ -81,7 +83,7 @@ class TensorSource(BatchSource):
             raise DataError("The data are empty: expected at least one row.")
         self.args = args
         self.kwargs = kwargs
-        self.batch_size: int = check_batch_size(batch_size, self.num_rows)
+        self.batch_size: int = _check_batch_size(batch_size, self.num_rows)
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """Yield the batches of one epoch, shuffled if there is a generator."""
@@ -118,7 +120,7 @@ class LoaderSource(BatchSource):
         self.data = data
         self.is_stream = is_stream
         rows = self.num_rows if self.num_rows is not None else batch_size or DEFAULT_BATCH_SIZE
-        self.batch_size = data.batch_size if isinstance(data, DataLoader) else check_batch_size(batch_size, rows)
+        self.batch_size = data.batch_size if isinstance(data, DataLoader) else _check_batch_size(batch_size, rows)
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """Yield the batches of one epoch; a given loader keeps its own order."""
@@ -180,7 +182,7 @@ def _length(name: int | str, tensor: Tensor) -> int:
     return len(tensor)
 
 
-def check_batch_size(batch_size: int | None, num_rows: int) -> int:
+def _check_batch_size(batch_size: int | None, num_rows: int) -> int:
     """Return the batch size, the paper's 100 where none is given."""
     if batch_size is None:
         return min(DEFAULT_BATCH_SIZE, num_rows)

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from pyro_aevb._types import PyroProgram
 from pyro_aevb.errors import AEVBWarning, SettingError
+from pyro_aevb.program.settings import check_count, check_settings
 from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.randomness import seeded
 from pyro_aevb.training.data import BatchSource, as_source
-from pyro_aevb.training.preparation import check_data, prepare
+from pyro_aevb.training.preparation import prepare
 from pyro_aevb.training.stepper import OptimizerMaker, Stepper, default_optimizer
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def fit(
         >>> bool((pyro.param("loc") - x.mean()).abs() < 0.1)
         True
     """
+    check_settings(settings, fit_module)
     plate = getattr(objective, "data_plate", "auto") if data_plate == "auto" else data_plate
     module = ObjectiveModule(model, guide, objective, num_data=num_data, data_plate=plate)
     return fit_module(module, data, **settings)
@@ -172,7 +174,8 @@ def fit_module(
         validation: Held-out data in any form; their bound per row is taken after each epoch, under fixed noise, in eval mode,
             without the globals' part.
         patience: Epochs without a better validation bound after which the fit stops; the best state is restored then.
-        seed: Seed of everything random in the fit; the generators are left as they were.
+        seed: Seed of everything random in the fit; the generators are left as they were. One seed gives the same parameters bit
+            for bit on one machine with one number of threads.
         fabric: A ``lightning_fabric.Fabric`` for devices and processes; by default the device of the parameters.
         max_skipped: Steps in a row that may be skipped because loss or gradient is not finite.
         callbacks: Called after each epoch with :class:`EpochEnd`; returning ``True`` ends the fit.
@@ -183,42 +186,57 @@ def fit_module(
 
     Raises:
         SettingError: If a setting is out of range.
+        NonFiniteError: If too many steps in a row were skipped; parameters are those of the last good step.
     """
-    _check_settings(module.objective, num_epochs, optimizer, learning_rate, patience, validation)
+    _check_objective(module.objective)
+    check_count("num_epochs", num_epochs)
+    _check_numbers(optimizer, learning_rate, clip_norm, patience, validation, max_skipped)
     source = as_source(data, batch_size)
     with seeded(seed):
         source = prepare(module, source, batch_size)
-        check_data(module, source)
         make = optimizer or default_optimizer(learning_rate or 1e-3)
         stepper = Stepper(module, make, clip_norm=clip_norm, fabric=fabric, max_skipped=max_skipped)
-        loop = _Loop(module, stepper, source, as_source(validation) if validation is not None else None)
+        loop = _Loop(module, stepper, source, _held_out(module, validation))
         loop.schedule = schedule(stepper.optimizer) if schedule else None
         return loop.run(num_epochs, patience, callbacks, progress=progress)
 
 
-def _check_settings(
-    objective: ELBO,
-    num_epochs: int,
-    optimizer: OptimizerMaker | None,
-    learning_rate: float | None,
-    patience: int | None,
-    validation: Any,
-) -> None:
+def _check_objective(objective: ELBO) -> None:
     if not isinstance(objective, ELBO) or not hasattr(objective, "differentiable_loss"):
         raise SettingError(
             f"The objective {type(objective).__name__} has no differentiable_loss. Use SGVB or IWELBO of this package (IWELBO is "
             f"the per-row bound that RenyiELBO means to be), or a loss of Pyro's such as Trace_ELBO."
         )
-    if num_epochs < 1:
-        raise SettingError(f"num_epochs must be at least 1, got {num_epochs}.")
+
+
+def _check_numbers(
+    optimizer: OptimizerMaker | None,
+    learning_rate: float | None,
+    clip_norm: float | None,
+    patience: int | None,
+    validation: Any,
+    max_skipped: int,
+) -> None:
     if optimizer is not None and learning_rate is not None:
         raise SettingError(
             "learning_rate belongs to the default optimizer; give it to your own with functools.partial."
         )
-    if learning_rate is not None and learning_rate <= 0:
-        raise SettingError(f"learning_rate must be positive, got {learning_rate}.")
+    for name, number in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
+        if number is not None and not number > 0:
+            raise SettingError(f"{name} must be positive, got {number}.")
+    if max_skipped < 0:
+        raise SettingError(f"max_skipped must be at least 0, got {max_skipped}.")
     if patience is not None and (patience < 1 or validation is None):
         raise SettingError(f"patience needs validation data and must be at least 1, got {patience}.")
+
+
+def _held_out(module: ObjectiveModule, validation: Any) -> BatchSource | None:
+    """Return validation data in batches; all at once for a model without rows."""
+    if validation is None:
+        return None
+    source = as_source(validation)
+    has_rows = module.structure is None or module.structure.data_plate is not None
+    return source if has_rows else as_source(validation, source.num_rows)
 
 
 class _Loop:
@@ -233,7 +251,9 @@ class _Loop:
         self.validation = validation
         self.schedule: LRScheduler | None = None
         self.result = FitResult()
-        self._best: tuple[float, dict[str, Tensor]] | None = None
+        self._keeps_best = False
+        self._best_bound = float("-inf")
+        self._best_state: dict[str, Tensor] | None = None
         self._seconds = 0.0
 
     def run(
@@ -249,6 +269,7 @@ class _Loop:
         total = None if steps is None else steps * num_epochs
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
         modes = [(module, module.training) for module in self.module.modules()]
+        self._keeps_best = patience is not None
         try:
             with tqdm(total=total, disable=not progress, unit="step", dynamic_ncols=True) as bar:
                 for epoch in range(1, num_epochs + 1):
@@ -260,10 +281,11 @@ class _Loop:
                     if patience is not None and epoch - (self.result.best_epoch or epoch) >= patience:
                         self.result.stopped_by = "patience"
                         break
+                self._restore_best()
         except KeyboardInterrupt:
             self.result.stopped_by = "interrupt"
         finally:
-            self._finish(modes, restore_best=patience is not None)
+            self._finish(modes)
         return self.result
 
     def _run_epoch(self, epoch: int, generator: torch.Generator, bar: "tqdm[Any]") -> dict[str, float]:
@@ -299,13 +321,20 @@ class _Loop:
         self.module.eval()
         with torch.no_grad(), seeded(0), pyro.validation_enabled(False):
             for batch in self.validation.batches() if self.validation else ():
-                bound = self.module.held_out_bound(*self.stepper.fabric.to_device(batch).args, **batch.kwargs)
+                args, kwargs = self.stepper.fabric.to_device(batch)
+                bound = self.module.held_out_bound(*args, **kwargs)
                 total, rows = total + float(bound) * batch.rows, rows + batch.rows
         value = total / rows
-        if self._best is None or value > self._best[0]:
-            self._best = (value, {name: tensor.clone() for name, tensor in self.module.state_dict().items()})
+        if self.result.best_epoch is None or value > self._best_bound:
+            self._best_bound = value if value == value else float("-inf")
             self.result.best_epoch = epoch
+            if self._keeps_best:
+                self._best_state = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
         return value
+
+    def _restore_best(self) -> None:
+        if self._best_state is not None:
+            self.module.load_state_dict(self._best_state)
 
     def _step_schedule(self, record: dict[str, float]) -> None:
         if isinstance(self.schedule, ReduceLROnPlateau):
@@ -313,10 +342,8 @@ class _Loop:
         elif self.schedule is not None:
             self.schedule.step()
 
-    def _finish(self, modes: list[tuple[nn.Module, bool]], *, restore_best: bool) -> None:
-        """Restore the best state and the modes, and publish ``pyro.param`` values."""
-        if restore_best and self._best is not None:
-            self.module.load_state_dict(self._best[1])
+    def _finish(self, modes: list[tuple[nn.Module, bool]]) -> None:
+        """Restore the modes, count the steps, and publish ``pyro.param`` values."""
         for module, mode in modes:
             module.training = mode
         self.result.num_steps = self.stepper.num_steps

@@ -5,84 +5,91 @@ from collections.abc import Iterator
 import torch
 
 from pyro_aevb.errors import AEVBError, DataError, SettingError
+from pyro_aevb.program.rows import check_finite, located
 from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.training.data import Batch, BatchSource
-from pyro_aevb.training.stepper import non_finite_site
 
-__all__ = ["check_data", "prepare"]
+__all__ = ["prepare"]
 
 
 def prepare(module: ObjectiveModule, source: BatchSource, batch_size: int | None) -> BatchSource:
-    """Read the structure, make the parameters, and give a model that draws its own rows the whole data each step."""
-    batch = source.first()
-    try:
-        module.build(*batch.args, **batch.kwargs)
-    except AEVBError:
-        whole = source.whole()
-        if batch_size is not None or whole is None:
-            raise
-        module.build(*whole.args, **whole.kwargs)
+    """Read the structure, make the parameters, and refuse data that the model can't take.
+
+    Returns:
+        The source; for a model that draws its own rows, or has none, one that gives it the whole data at each step.
+
+    Raises:
+        DataError: If the rows are not those of the data plate, or NaN reaches a density.
+        SettingError: If the number of rows is needed and unknown.
+    """
+    batch = _build(module, source, batch_size)
     structure = module.structure
     if structure is None:
         return source
+    whole = source.whole()
     if structure.draws_own_rows or structure.data_plate is None:
-        return _WholeSource(source, structure.full_size if structure.draws_own_rows else 1, structure.rows)
-    if structure.rows != batch.rows:
+        if whole is None:
+            raise DataError("A model that draws its own rows, or has none, needs its data as tensors.")
+        if batch_size is not None:
+            raise SettingError(
+                f"The model {'draws its own rows' if structure.draws_own_rows else 'has no rows'}, so that each step gets all "
+                f"data: leave batch_size={batch_size} out."
+            )
+        source = _WholeSource(whole, -(-whole.rows // structure.rows) if structure.draws_own_rows else 1)
+    elif structure.rows != batch.rows:
         raise DataError(
             f"The data plate {structure.data_plate!r} has {structure.rows} rows and the batch {batch.rows}. Size the plate by the "
             f"batch, pyro.plate({structure.data_plate!r}, len(x)), or name another plate with data_plate='...'."
         )
-    if module.num_data is None:
-        module.num_data = source.num_rows
-    if module.num_data is None and structure.has_globals:
-        raise SettingError(
-            f"A stream has no length, and the global latents {[site.name for site in structure.select('latent', is_local=False)]} "
-            f"need one to be weighed against its rows: give num_data=."
-        )
+    elif module.num_data is None:
+        module.num_data = _count_rows(module, source)
+    if whole is not None:
+        with module.running():
+            check_finite(module.model, module.guide, structure, *whole, rows_per_run=source.batch_size or 1)
     return source
+
+
+def _build(module: ObjectiveModule, source: BatchSource, batch_size: int | None) -> Batch:
+    """Build on the first batch; a model that needs all rows at once is tried with them."""
+    batch = source.first()
+    try:
+        with located(*batch):
+            module.build(*batch.args, **batch.kwargs)
+    except AEVBError as error:
+        whole = source.whole()
+        if batch_size is not None or whole is None:
+            raise
+        try:
+            module.build(*whole.args, **whole.kwargs)
+        except AEVBError:
+            raise error from error.__cause__
+    return batch
+
+
+def _count_rows(module: ObjectiveModule, source: BatchSource) -> int | None:
+    """Return the number of rows; a stream has none, which matters only to globals."""
+    structure = module.structure
+    if source.num_rows is None and structure is not None and structure.has_globals:
+        names = [site.name for site in structure.select("latent", is_local=False)]
+        raise SettingError(
+            f"A stream has no length, and the global latents {names} need one to be weighed against its rows: give num_data=."
+        )
+    return source.num_rows
 
 
 class _WholeSource(BatchSource):
     """All rows at each step, for a model that draws its own rows or has none."""
 
-    def __init__(self, source: BatchSource, full_size: int, rows: int) -> None:
-        whole = source.whole()
-        if whole is None:
-            raise DataError("A model that draws its own rows, or has none, needs its data as tensors.")
+    def __init__(self, whole: Batch, num_batches: int) -> None:
         self.batch = whole
-        self.num_rows: int = full_size
-        self.batch_size: int = rows
+        self.num_rows: int = whole.rows
+        self.batch_size: int = whole.rows
+        self._num_batches = num_batches
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """Yield all rows, as often as there are batches in an epoch."""
-        return iter([self.batch] * self.num_batches())
+        return iter([self.batch] * self._num_batches)
 
     def num_batches(self) -> int:
         """Number of steps in an epoch."""
-        return -(-self.num_rows // self.batch_size)
-
-
-def check_data(module: ObjectiveModule, source: BatchSource) -> None:
-    """Refuse NaN and infinity in data where they reach a density that no mask drops.
-
-    Raises:
-        DataError: Naming the argument, the first such row and the site.
-    """
-    whole = source.whole()
-    if whole is None or isinstance(source, _WholeSource):
-        return
-    for name, tensor in [*enumerate(whole.args), *whole.kwargs.items()]:
-        if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
-            continue
-        bad = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.dim() > 1 else ~torch.isfinite(tensor)
-        row = int(bad.nonzero()[0, 0])
-        stop = min(row + (source.batch_size or 1), len(tensor))
-        rows = slice(max(0, stop - (source.batch_size or 1)), stop)
-        part = Batch(tuple(x[rows] for x in whole.args), {key: x[rows] for key, x in whole.kwargs.items()})
-        found = non_finite_site(module, part)
-        if found is not None:
-            raise DataError(
-                f"The data hold NaN or infinity in argument {name}, first in row {row}, which reach the density of site "
-                f"{found.site!r}. Remove these rows, or mask the entries with obs_mask= or poutine.mask.",
-                site=found.site,
-            )
+        return self._num_batches

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from pyro_aevb.errors import NonFiniteError, ParameterError
+from pyro_aevb.program.batch import explained
 from pyro_aevb.program.importance import find_non_finite
 from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.training.data import Batch
@@ -16,7 +17,7 @@ from pyro_aevb.training.data import Batch
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["OptimizerMaker", "Stepper", "default_optimizer", "non_finite_site"]
+__all__ = ["OptimizerMaker", "Stepper", "default_optimizer"]
 
 OptimizerMaker = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -51,6 +52,7 @@ class Stepper:
                 "model's or the guide's nn.Module, or use pyro.param."
             )
         self.module = module
+        self.buffers = list(module.buffers())
         self.fabric = fabric or _default_fabric(self.parameters[0].device)
         self.optimizer: Optimizer
         self.wrapped, self.optimizer = self.fabric.setup(_LossAndBound(module), optimizer(self.parameters))
@@ -69,13 +71,18 @@ class Stepper:
         objective = self.module.objective
         if hasattr(objective, "set_step"):
             objective.set_step(self.num_steps)
-        loss, bound = self.wrapped(self.fabric.to_device(batch))
+        buffers = [buffer.clone() for buffer in self.buffers]
+        with explained("program", batch.args, batch.kwargs):
+            loss, bound = self.wrapped(self.fabric.to_device(batch))
         self.optimizer.zero_grad()
         is_finite = bool(torch.isfinite(loss))
         if is_finite:
             self.fabric.backward(loss)
             is_finite = self._clip()
         if not is_finite:
+            with torch.no_grad():
+                for buffer, saved in zip(self.buffers, buffers, strict=True):
+                    buffer.copy_(saved)  # a NaN would stay in BatchNorm's running statistics for good
             self._skip(batch)
             return float("nan")
         self.optimizer.step()
@@ -96,7 +103,7 @@ class Stepper:
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row <= self.max_skipped:
             return
-        found = non_finite_site(self.module, batch)
+        found = _non_finite_site(self.module, self.fabric.to_device(batch))
         site = found.site if found else None
         what = (
             str(found)
@@ -136,7 +143,7 @@ def default_optimizer(learning_rate: float) -> OptimizerMaker:
     return lambda parameters: Adam(parameters, lr=learning_rate, fused=True)
 
 
-def non_finite_site(module: ObjectiveModule, batch: Batch) -> NonFiniteError | None:
+def _non_finite_site(module: ObjectiveModule, batch: Batch) -> NonFiniteError | None:
     """Name the first site of a batch whose log density is not finite, where there is one."""
     if module.structure is None:
         return None

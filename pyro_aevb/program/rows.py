@@ -1,0 +1,207 @@
+"""Rows that are asked about: NaN found in its row, programs run in eval mode, chunk by chunk."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pyro
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
+from pyro_aevb.errors import DataError, ModelError
+from pyro_aevb.program.batch import batch_rows, take_rows
+from pyro_aevb.program.importance import ImportanceProgram, find_non_finite
+from pyro_aevb.program.parameters import evaluating
+from pyro_aevb.program.particles import ParticleAxes, Records
+from pyro_aevb.program.structure import Structure
+from pyro_aevb.randomness import seeded
+
+__all__ = ["Rows", "check_finite", "inferring", "located"]
+
+CHUNK_DRAWS = 50_000
+"""Draws of all local latents of a row that are in memory at once by default: some 300 MB for 784 pixels in float32."""
+
+
+@contextmanager
+def inferring(seed: int | None, *programs: PyroProgram) -> Iterator[None]:
+    """Run programs in eval mode under a seed, without gradients, and leave the global param store as it is.
+
+    A ``PyroModule`` copies its tensors to the store as it runs, where another module of equal names would take them up.
+    """
+    store = pyro.get_param_store()
+    with ExitStack() as stack:
+        stack.enter_context(seeded(seed))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(*programs))
+        stack.enter_context(pyro.validation_enabled(False))
+        stack.enter_context(store.scope(state=store.get_state()))
+        yield
+
+
+@contextmanager
+def located(args: Args, kwargs: Kwargs) -> Iterator[None]:
+    """Add to a :class:`~pyro_aevb.errors.DataError` where the batch's first NaN or infinity is."""
+    try:
+        yield
+    except DataError as error:
+        rows = _non_finite_rows(args, kwargs)
+        if not len(rows):
+            raise
+        where = f"The first of them is in argument {_argument(args, kwargs, int(rows[0]))}, row {int(rows[0])}."
+        raise DataError(f"{error} {where}", site=error.site) from error
+
+
+def check_finite(
+    model: PyroProgram, guide: PyroProgram, structure: Structure, args: Args, kwargs: Kwargs, rows_per_run: int
+) -> None:
+    """Refuse NaN and infinity in data where they reach a density that no mask drops.
+
+    Only the rows that hold some are run. A model that draws its own rows is not asked.
+
+    Raises:
+        DataError: Naming the argument, the first such row and the site.
+    """
+    bad = torch.empty(0) if structure.draws_own_rows else _non_finite_rows(args, kwargs)
+    if structure.data_plate is None:
+        rows_per_run = max(1, len(bad))
+
+    def find(rows: Tensor) -> str | None:
+        part = take_rows(args, kwargs, rows) if structure.data_plate is not None else (args, kwargs)
+        found = find_non_finite(model, guide, structure, *part)
+        return found.site if found else None
+
+    with evaluating(model, guide), pyro.validation_enabled(False):
+        for rows in bad.split(rows_per_run) if len(bad) else ():
+            if find(rows) is None:
+                continue
+            row, site = next(
+                ((int(row), site) for row in rows if (site := find(row[None]))), (int(rows[0]), find(rows))
+            )
+            raise DataError(
+                f"The data hold NaN or infinity in argument {_argument(args, kwargs, row)}, row {row}, which reach the density "
+                f"of site {site!r}. Remove such rows, or mask the entries with obs_mask= or poutine.mask.",
+                site=site,
+            )
+
+
+def _data_tensors(args: Args, kwargs: Kwargs) -> dict[int | str, Tensor]:
+    """Return the tensors with rows, by position or name."""
+    named: list[tuple[int | str, object]] = [*enumerate(args), *kwargs.items()]
+    return {name: item for name, item in named if isinstance(item, Tensor) and item.dim() > 0}
+
+
+def _non_finite_rows(args: Args, kwargs: Kwargs) -> Tensor:
+    """Return the indices of rows that hold NaN or infinity in any floating tensor."""
+    tensors = [item for item in _data_tensors(args, kwargs).values() if item.is_floating_point()]
+    bad = [(~torch.isfinite(item)).reshape(len(item), -1).any(1).nonzero()[:, 0].cpu() for item in tensors]
+    return torch.cat(bad).unique() if bad else torch.empty(0, dtype=torch.long)
+
+
+def _argument(args: Args, kwargs: Kwargs, row: int) -> str:
+    """Name the first argument whose row holds NaN or infinity."""
+    tensors = _data_tensors(args, kwargs)
+    return next(repr(name) for name, item in tensors.items() if row < len(item) and not item[row].isfinite().all())
+
+
+class Rows:
+    """A batch of rows, read and checked, over which a model and its guide run in chunks.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        args: The batch, as positional arguments.
+        kwargs: The batch, as keyword arguments.
+        data_plate: As in :func:`~pyro_aevb.program.structure.read_structure`.
+
+    Attributes:
+        program: Model and guide, read on the first rows.
+        count: Number of rows; ``None`` if the whole model is one row.
+
+    Raises:
+        DataError: If there are no rows, tensors differ in length, or NaN reaches a density.
+        ModelError: If the model is not supported.
+        GuideError: If the guide does not fit the model.
+    """
+
+    def __init__(
+        self, model: PyroProgram, guide: PyroProgram, args: Args, kwargs: Kwargs, data_plate: str | None
+    ) -> None:
+        self.args, self.kwargs = args, kwargs
+        self._drawn: int | None = None  # rows that the model draws by itself at each run
+        self._globals: Values = {}
+        lengths = {name: len(item) for name, item in _data_tensors(args, kwargs).items()}
+        if 0 in lengths.values():
+            raise DataError(f"The batch has no rows: expected at least one, got lengths {lengths}.")
+        if data_plate is not None and len(set(lengths.values())) > 1:
+            raise DataError(f"Every tensor has rows on axis 0 and as many of them, got lengths {lengths}.")
+        with evaluating(model, guide), located(args, kwargs):
+            self.program = self._read(model, guide, data_plate)
+        self.count = batch_rows(args, kwargs) if self.structure.data_plate is not None else None
+        check_finite(model, guide, self.structure, args, kwargs, rows_per_run=1000)
+
+    @property
+    def structure(self) -> Structure:
+        """The model's structure."""
+        return self.program.structure
+
+    def _read(self, model: PyroProgram, guide: PyroProgram, data_plate: str | None) -> ImportanceProgram:
+        """Read the programs on two rows; if the model draws rows by itself, on as many as it draws."""
+        if data_plate is None:
+            return ImportanceProgram(model, guide, self.args, self.kwargs, data_plate=None)
+        few = take_rows(self.args, self.kwargs, slice(0, 2))
+        try:
+            program = ImportanceProgram(model, guide, *few, data_plate=data_plate)
+        except ModelError as error:
+            try:
+                program = ImportanceProgram(model, guide, self.args, self.kwargs, data_plate=data_plate)
+            except ModelError:
+                raise error from None
+            if not program.structure.draws_own_rows:
+                raise
+        if not program.structure.draws_own_rows:
+            return program
+        drawn = program.structure.rows
+        program = ImportanceProgram(
+            model, guide, *take_rows(self.args, self.kwargs, slice(0, drawn)), data_plate=data_plate
+        )
+        if program.structure.full_size != drawn:
+            raise ModelError(
+                f"The model draws {drawn} rows of {program.structure.full_size} by itself, so that the rows asked for can't be "
+                f"run. Size the plate by the batch: pyro.plate({program.structure.data_plate!r}, len(x), subsample_size={drawn})."
+            )
+        self._drawn = drawn
+        return program
+
+    def chunks(
+        self, chunk_size: int | None, draws_per_row: int, *, progress: bool
+    ) -> Iterator[tuple[Args, Kwargs, int]]:
+        """Yield arguments of the programs and how many of their rows count, with a progress bar.
+
+        Args:
+            chunk_size: Rows run at once; ``None`` for so many that some 50,000 draws are in memory. A model that draws rows by
+                itself runs as many as it draws, the last chunk padded by repeated rows.
+            draws_per_row: Draws of each row.
+            progress: Whether to show a progress bar.
+        """
+        if self.count is None:
+            yield self.args, self.kwargs, self.structure.rows
+            return
+        size = self._drawn or chunk_size or max(1, CHUNK_DRAWS // draws_per_row)
+        if self.structure.full_size > self.structure.rows:
+            size = min(size, self.structure.full_size)
+        with tqdm(total=self.count, disable=not progress, unit="row", dynamic_ncols=True) as bar:
+            for start in range(0, self.count, size):
+                stop = min(start + size, self.count)
+                rows: slice | Tensor = slice(start, stop)
+                if self._drawn is not None and stop - start < size:
+                    rows = torch.arange(start, start + size).clamp(max=stop - 1)
+                yield *take_rows(self.args, self.kwargs, rows), stop - start
+                bar.update(stop - start)
+
+    def sample_guide(self, args: Args, kwargs: Kwargs, axes: ParticleAxes) -> Records:
+        """Draw from the guide; every chunk of rows keeps the globals that the first one drew."""
+        records = self.program.sample_guide(args, kwargs, axes, values=self._globals)
+        if not self._globals:
+            self._globals = {name: site.value for name, site in records.items() if not site.is_local}
+        return records

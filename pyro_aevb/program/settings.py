@@ -1,0 +1,41 @@
+"""Settings of public functions: misspelt ones are told from the model's own keyword arguments."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pyro_aevb.errors import SettingError
+
+__all__ = ["check_count", "check_covariates", "check_settings"]
+
+
+def check_settings(names: Iterable[str], function: Callable[..., Any], note: str = "") -> None:
+    """Refuse settings that a function does not have, and offer the nearest of those it has.
+
+    Raises:
+        SettingError: If a name is not among the function's keyword-only arguments.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise SettingError(f"There is no setting {name!r}.{hint} Known are {', '.join(known)}.{note}")
+
+
+def check_covariates(covariates: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Refuse keyword arguments that are no data: misspelt settings would else reach the model."""
+    settings = [name for name, item in covariates.items() if not isinstance(item, (Tensor, np.ndarray))]
+    note = " The model's own keyword arguments are tensors or numpy arrays; bind constants with functools.partial."
+    check_settings(settings, function, note)
+
+
+def check_count(name: str, count: int | None) -> None:
+    """Refuse a number below 1; ``None`` leaves the choice to the function."""
+    if count is not None and count < 1:
+        raise SettingError(f"{name} must be at least 1, got {count}.")
