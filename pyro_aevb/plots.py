@@ -6,7 +6,7 @@ shows a figure that stands last in a cell. Blue and vermillion are those of Okab
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -92,7 +92,7 @@ def plot_images(
 
 def plot_reconstructions(
     originals: Float[Tensor, "images height width"],
-    reconstructions: Float[Tensor, "*draws images height width"],
+    reconstructions: Float[Tensor, "*draws height width"],
     *,
     names: Sequence[str] | None = None,
     title: str = "Above what the guide saw, below what the decoder makes of it",
@@ -218,14 +218,20 @@ def plot_log_marginal(result: LogMarginal, *, title: str | None = None) -> "Figu
     k_hat = result.k_hat.cpu()[order].nan_to_num(nan=math.nan, posinf=math.nan, neginf=math.nan)
     is_flagged = result.is_flagged.cpu()[order]
     place = torch.arange(len(result))
-    for chosen, color, marker, name in (
-        (~is_flagged, BLUE, ".", "value and one standard error"),
-        (is_flagged, VERMILLION, "x", "unreliable"),
-    ):
-        bars = error[chosen] if marker == "." else None
-        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "linestyle": "none"}
-        ax.errorbar(place[chosen], value[chosen], bars, ecolor="#7fb8d8", elinewidth=1.2, label=name, **style)
-        below.plot(place[chosen], k_hat[chosen], **style)
+    ax.errorbar(
+        place[~is_flagged],
+        value[~is_flagged],
+        error[~is_flagged],
+        fmt=".",
+        color=BLUE,
+        ecolor="#7fb8d8",
+        markersize=4,
+        label="value and one standard error",
+    )
+    below.plot(place[~is_flagged], k_hat[~is_flagged], ".", color=BLUE, markersize=4)
+    if is_flagged.any():
+        ax.plot(place[is_flagged], value[is_flagged], "x", color=VERMILLION, markersize=5, label="unreliable")
+        below.plot(place[is_flagged], k_hat[is_flagged], "x", color=VERMILLION, markersize=5)
     below.axhline(0.7, color=GREY, linestyle="--", linewidth=1)
     below.text(0, 0.72, "0.7", color=GREY, fontsize=9, va="bottom")
     ax.legend(frameon=False, loc="upper left")
@@ -254,8 +260,8 @@ def _label(ax: "Axes", x: str, y: str, title: str) -> None:
 
 
 def _number(value: float) -> str:
-    """Format a number with two decimals and a true minus sign."""
-    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
+    """Format a number with two decimals and a true minus sign, and none before zero."""
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _draw_grid(images: Tensor, title: str, *, width: float = 7.0) -> tuple["Figure", "Axes"]:

@@ -86,10 +86,11 @@ def run(
         images = plan.load()
         many, two = (try_model(plan, images, size, seed=seed, progress=progress) for size in (plan.latent, 2))
         figures = _draw(images, many, two, seed)
-        for name, figure in figures.items() if pictures is not None else ():
-            page.write(folders[-1] / f"{name}.png", page.png(figure))
+        drawn = {name: page.png(figure) for name, figure in figures.items()}
+        for name, content in drawn.items() if pictures is not None else ():
+            page.write(folders[-1] / f"{name}.png", content)
         result = DemoResult(folders[0] / "index.html", (many, two), figures, time.perf_counter() - start)
-        page.write(result.page, report(plan, images, result.trials, figures, result.seconds))
+        page.write(result.page, report(plan, images, result.trials, drawn, result.seconds))
     return result
 
 

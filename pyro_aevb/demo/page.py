@@ -23,21 +23,22 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; color: var(--ink); background: #fff; font: 17px/1.6 system-ui, -apple-system, "Segoe UI", sans-serif; }
 header { background: linear-gradient(135deg, #06283d, #0b5c8a); color: #fff; padding: 3.5rem 1.5rem 3rem; }
-header > div, main { max-width: 62rem; margin: 0 auto; }
+header > div, main { max-width: 52rem; margin: 0 auto; }
 h1 { font-size: 2.3rem; line-height: 1.15; margin: 0 0 .8rem; letter-spacing: -.02em; }
-header p { font-size: 1.1rem; max-width: 46rem; margin: 0; color: #d9e8f2; }
-main { padding: 0 1.5rem 4rem; }
+header p { font-size: 1.1rem; margin: 0; color: #d9e8f2; }
+main { padding: 0 0 4rem; }
+@media (max-width: 54rem) { main { padding: 0 1.2rem 4rem } }
 h2 { font-size: 1.4rem; margin: 3rem 0 .6rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
-p { max-width: 46rem; margin: .6rem 0; }
+p { margin: .6rem 0; }
 .facts { display: flex; flex-wrap: wrap; gap: .9rem; margin: -1.6rem 0 0; padding: 0; list-style: none; }
 .facts li { flex: 1 1 11rem; background: #fff; border: 1px solid var(--line); border-radius: .7rem; padding: .9rem 1.1rem;
   box-shadow: 0 4px 14px rgb(6 40 61 / 8%); }
 .facts b { display: block; font-size: 1.5rem; line-height: 1.2; color: var(--blue); font-variant-numeric: tabular-nums; }
 .facts span { color: var(--soft); font-size: .86rem; line-height: 1.3; display: block; margin-top: .25rem; }
 figure { margin: 1.2rem 0; }
-figure img { display: block; width: 100%; max-width: 46rem; height: auto; border: 1px solid var(--line); border-radius: .5rem;
+figure img { display: block; width: 100%; height: auto; border: 1px solid var(--line); border-radius: .5rem;
   padding: .7rem; }
-figcaption { color: var(--soft); font-size: .9rem; max-width: 46rem; margin-top: .5rem; }
+figcaption { color: var(--soft); font-size: .9rem; margin-top: .5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .95rem; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .5rem .8rem; border-bottom: 1px solid var(--line); }
@@ -76,9 +77,9 @@ def table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def picture(figure: "Figure", caption: str) -> str:
-    """Return a matplotlib figure, inside the page, with a caption that also serves those who can't see it."""
-    source = f"data:image/png;base64,{base64.b64encode(png(figure)).decode()}"
+def picture(content: bytes, caption: str) -> str:
+    """Return a PNG, inside the page, with a caption that also serves those who can't see it."""
+    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     caption = html.escape(caption)
     return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 

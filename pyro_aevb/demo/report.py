@@ -4,7 +4,6 @@ import inspect
 import platform
 import textwrap
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import pyro
 import torch
@@ -14,9 +13,6 @@ from pyro_aevb.datasets import ImageData
 from pyro_aevb.demo import page
 from pyro_aevb.demo.trial import Plan, Trial, nats
 from pyro_aevb.demo.vae import VAE
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["CAPTIONS", "report"]
 
@@ -36,7 +32,7 @@ CAPTIONS = {
 
 
 def report(
-    plan: Plan, images: ImageData, trials: tuple[Trial, Trial], figures: Mapping[str, "Figure"], seconds: float
+    plan: Plan, images: ImageData, trials: tuple[Trial, Trial], pictures: Mapping[str, bytes], seconds: float
 ) -> str:
     """Return the page.
 
@@ -44,19 +40,19 @@ def report(
         plan: What was trained, and on what.
         images: The data.
         trials: The model with many latents and the one with two.
-        figures: The pictures, one for each of ``CAPTIONS``.
+        pictures: PNGs, one for each of ``CAPTIONS``.
         seconds: Wall-clock time of everything.
     """
     many, two = trials
-    pictures = {name: page.picture(figure, CAPTIONS[name]) for name, figure in figures.items()}
+    shown = {name: page.picture(content, CAPTIONS[name]) for name, content in pictures.items()}
     numbers = {name: (value, two.numbers()[name]) for name, value in many.numbers().items()}
     sections: list[page.Section] = [
         ("What was done", _what_was_done(plan, images)),
-        ("Training", [pictures["history"]]),
-        ("Posterior of unseen digits", [pictures["reconstructions"]]),
-        ("Samples", [pictures["samples"]]),
-        ("Two latents: the manifold", [pictures["manifold"], pictures["embedding"]]),
-        ("How likely is an unseen digit?", [pictures["log_marginal"], page.paragraph(_verdict(many))]),
+        ("Training", [shown["history"]]),
+        ("Posterior of unseen digits", [shown["reconstructions"]]),
+        ("Samples", [shown["samples"]]),
+        ("Two latents: the manifold", [shown["manifold"], shown["embedding"]]),
+        ("How likely is an unseen digit?", [shown["log_marginal"], page.paragraph(_verdict(many))]),
         ("The numbers", [page.table(("first model", "two latents"), numbers), page.paragraph(READING)]),
         ("The machine", [page.table(("",), _machine(seconds))]),
     ]
@@ -111,13 +107,17 @@ def _tiles(many: Trial) -> str:
 
 def _verdict(trial: Trial) -> str:
     summary = trial.evidence.summary()
+    gap = (
+        f"The bound of the guide is {nats(trial.elbo)} nats a digit and log p(x) is estimated as {nats(summary.mean)}: that "
+        f"q(z | x) is not the exact posterior costs about {summary.mean - trial.elbo:.2f} nats. "
+    )
+    if not summary.num_flagged:
+        return f"{gap}No digit is unreliable, {summary.num_warned} are doubtful (k-hat above 0.5 or a large standard error)."
     return (
-        f"The guide's bound is {nats(trial.elbo)} nats a digit, and log p(x) is estimated as {nats(summary.mean)}: the "
-        f"guide loses about {summary.mean - trial.elbo:.2f} nats. {summary.num_flagged} of {len(trial.evidence)} digits are "
-        f"unreliable and {summary.num_warned} more doubtful: their importance weights have such heavy tails that a few draws "
-        f"decide, and the estimate is likely to be too low there. Without them the mean is {nats(summary.unflagged_mean)} with a "
-        f"Monte Carlo standard error of {summary.unflagged_monte_carlo_se:.3f}; but these are the easier digits, so this "
-        f"number stands for them alone."
+        f"{gap}{summary.num_flagged} of {len(trial.evidence)} digits are unreliable and {summary.num_warned} more doubtful: their "
+        f"importance weights have such heavy tails that a few draws decide, and the estimate is likely to be too low there. "
+        f"Without the unreliable the mean is {nats(summary.unflagged_mean)} with a Monte Carlo standard error of "
+        f"{summary.unflagged_monte_carlo_se:.3f}; but this is a choice of digits, and the number stands for them alone."
     )
 
 
