@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram
 from pyro_aevb.errors import SettingError
+from pyro_aevb.program.agreement import check_gradient, check_points
 from pyro_aevb.program.importance import ImportanceProgram
+from pyro_aevb.program.parameters import preserved_state
+from pyro_aevb.program.particles import ParticleAxes
 from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.weights import Bounds
 
-__all__ = ["Evaluation", "Objective", "check_choice", "check_count", "with_value"]
+__all__ = ["Evaluation", "Objective", "check_choice", "check_count", "check_estimator", "with_value"]
 
 
 class Evaluation(NamedTuple):
@@ -81,8 +84,10 @@ class Objective(ELBO):
         """Read model and guide on a batch, once for each pair, and check that this objective can be used with them."""
         key = (model, guide, len(args), tuple(sorted(kwargs)), self.data_plate)
         if self._prepared is None or self._prepared[0] != key:
-            program = ImportanceProgram(model, guide, args, kwargs, data_plate=self.data_plate)
-            self._prepare(program, args, kwargs)
+            # with gradients also where only a bound is asked for: what is trained is read off them
+            with torch.enable_grad():
+                program = ImportanceProgram(model, guide, args, kwargs, data_plate=self.data_plate)
+                self._prepare(program, args, kwargs)
             self._prepared = (key, program)
         return self._prepared[1]
 
@@ -145,6 +150,17 @@ class Objective(ELBO):
     def _get_trace(self, model: PyroProgram, guide: PyroProgram, args: Args, kwargs: Kwargs) -> tuple[Trace, Trace]:
         """Return traces of one run as Pyro's ELBO asks for them."""
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
+
+
+def check_estimator(gradient: str, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> None:
+    """Refuse a guide that an estimator of the gradient is wrong for."""
+    check_gradient(gradient, program.guide_sites)
+    if gradient == "reparam":
+        return
+    values = {name: site.value.detach() for name, site in program.guide_sites.items()}
+    with preserved_state(program.modules):
+        fixed = program.sample_guide(args, kwargs, ParticleAxes(), values=values)
+    check_points(gradient, fixed)
 
 
 def check_count(name: str, count: int) -> None:

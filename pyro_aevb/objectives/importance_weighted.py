@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pyro_aevb._types import Args, Kwargs
 from pyro_aevb.errors import SettingError
-from pyro_aevb.objectives.base import Evaluation, Objective, check_choice, check_count, with_value
-from pyro_aevb.program.agreement import check_gradient, check_separable
+from pyro_aevb.objectives.base import Evaluation, Objective, check_choice, check_count, check_estimator, with_value
+from pyro_aevb.program.agreement import check_separable
 from pyro_aevb.program.importance import ImportanceProgram
 from pyro_aevb.program.parameters import preserved_buffers
 from pyro_aevb.program.particles import ParticleAxes, Records
@@ -75,7 +75,7 @@ class IWELBO(Objective):
         return {name: getattr(self, name) for name in names}
 
     def _prepare(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> None:
-        check_gradient(self.gradient, program.guide_sites)
+        check_estimator(self.gradient, program, args, kwargs)
 
     def _evaluate(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> Evaluation:
         axes = program.axes(self.num_particles, self.num_importance_samples)
@@ -136,9 +136,5 @@ def _as_value(weights: Tensor, value: Tensor, program: ImportanceProgram, name: 
     plates = [1] * structure.max_plate_nesting
     if structure.data_dim is not None:
         plates[structure.data_dim] = weights.shape[2]
-    shaped = weights.reshape(*weights.shape[:2], *plates, *(1,) * event_dim)
-    return (
-        shaped[0, 0].reshape(shaped.shape[2 + shaped.dim() - 2 - value.dim() :])
-        if value.dim() < shaped.dim()
-        else shaped
-    )
+    shape = (*weights.shape[:2], *plates, *(1,) * event_dim)
+    return weights.reshape(shape[len(shape) - value.dim() :])

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram
 from pyro_aevb.errors import GuideError, SettingError
-from pyro_aevb.objectives.base import Evaluation, Objective, check_choice, with_value
-from pyro_aevb.program.agreement import check_gradient
+from pyro_aevb.objectives.base import Evaluation, Objective, check_choice, check_estimator, with_value
 from pyro_aevb.program.importance import ImportanceProgram
 from pyro_aevb.program.particles import Records
 from pyro_aevb.weights import Bounds, LatentTerm, Terms
@@ -52,7 +51,7 @@ class _KLWeight(nn.Module):
 
     def __init__(self, initial: float) -> None:
         super().__init__()
-        self.register_buffer("kl_weight", torch.tensor(initial), persistent=False)
+        self.register_buffer("kl_weight", torch.tensor(initial, dtype=torch.float64), persistent=False)
 
 
 class SGVB(Objective):
@@ -112,6 +111,11 @@ class SGVB(Objective):
             raise SettingError(
                 f"kl='analytic' has no log q to differentiate, got gradient={gradient!r}. Use kl='sampled'."
             )
+        if free_bits and gradient == "score":
+            raise SettingError(
+                f"free_bits holds the KL back by the derivative of a maximum, which gradient='score' doesn't take; got "
+                f"free_bits={free_bits!r}. Use gradient='reparam' or 'stl'."
+            )
         if free_bits < 0 or (not callable(kl_weight) and kl_weight < 0):
             raise SettingError(f"kl_weight and free_bits must be at least 0, got {kl_weight!r} and {free_bits!r}.")
         self.kl = kl
@@ -140,7 +144,7 @@ class SGVB(Objective):
         return self._plan
 
     def _prepare(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> None:
-        check_gradient(self.gradient, program.guide_sites)
+        check_estimator(self.gradient, program, args, kwargs)
         self._plan = _plan_kl(program, args, kwargs, self.kl, self.gradient)
         if self.free_bits and any(site.is_auxiliary for site in program.guide_sites.values()):
             raise GuideError(
@@ -187,7 +191,7 @@ class SGVB(Objective):
         with torch.no_grad():
             draws: Records = program.sample_guide(args, kwargs, axes)
         values = {name: site.value.detach() for name, site in draws.items()}
-        guide = program.sample_guide(args, kwargs, axes, values=values)
+        guide = program.rescore_guide(args, kwargs, axes, values, is_detached=False)
         terms = program.terms(program.score_model(args, kwargs, axes, values), guide, axes)
         weights = terms.log_weights()
         bounds = weights.elbo()

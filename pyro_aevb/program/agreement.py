@@ -1,16 +1,22 @@
 """Do a model and its guide fit each other, and can an estimator be used with them?"""
 
+import math
 from typing import Any
 
 import torch
 from pyro.distributions import Delta
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
 
+from pyro_aevb._types import SiteDistribution
 from pyro_aevb.errors import GuideError, ModelError
-from pyro_aevb.program.divergence import has_moving_support
+from pyro_aevb.program.divergence import elementwise, has_known_support, has_moving_support
 from pyro_aevb.program.particles import Records, SiteRecord
 from pyro_aevb.program.structure import Structure
+from pyro_aevb.randomness import preserved_rng
 
-__all__ = ["check_gradient", "check_guide", "check_masks", "check_separable", "is_delta"]
+__all__ = ["check_gradient", "check_guide", "check_masks", "check_points", "check_separable", "is_delta"]
 
 
 def check_guide(structure: Structure, guide: Records) -> None:
@@ -62,18 +68,25 @@ def _check_guide_site(structure: Structure, name: str, q: SiteRecord) -> None:
         )
 
 
-def _is_inside(fn: Any, support: torch.distributions.constraints.Constraint, num_draws: int = 100) -> bool:
-    """Tell whether draws of a distribution lie in a support; an unbounded one never lies in a bounded one."""
-
-    def base(constraint: Any) -> Any:
-        return getattr(constraint, "base_constraint", constraint)
-
-    real = torch.distributions.constraints.real
-    if base(fn.support) is real and type(base(support)) is not type(real):
+def _is_inside(fn: SiteDistribution, support: Constraint, num_draws: int = 100) -> bool:
+    """Tell whether a distribution lies in a support: by the ends of both, and by draws, for what has no ends (a simplex)."""
+    if isinstance(fn, Delta):
+        return bool(support.check(fn.v).all())
+    inner, outer = _ends(fn.support), _ends(support)
+    if inner and outer and has_known_support(fn) and not ((inner[0] >= outer[0]) & (inner[1] <= outer[1])).all():
         return False
-    with torch.random.fork_rng(), torch.no_grad():
-        draws = fn.sample((num_draws,)) if not isinstance(fn, Delta) else fn.sample()
-    return bool(support.check(draws).all())
+    with preserved_rng(), torch.no_grad():
+        return bool(support.check(fn.sample((num_draws,))).all())
+
+
+def _ends(support: Constraint) -> tuple[Tensor, Tensor] | None:
+    """Return the lower and upper end of an interval; ``None`` for a support that is not one."""
+    support = elementwise(support)
+    lower, upper = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    if support is constraints.real or lower is not None or upper is not None:
+        lower = -math.inf if lower is None else lower
+        return torch.as_tensor(lower), torch.as_tensor(math.inf if upper is None else upper)
+    return None
 
 
 def check_masks(p: SiteRecord, q: SiteRecord) -> None:
@@ -94,17 +107,22 @@ def check_masks(p: SiteRecord, q: SiteRecord) -> None:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Compare masks or scales, a tensor with all entries equal counting as one number."""
-    a, b = torch.as_tensor(a), torch.as_tensor(b)
-    return bool((a == b).all())
+    """Compare masks or scales, up to rounding; a tensor with all entries equal counts as one number."""
+    a, b = (torch.as_tensor(item, dtype=torch.float64) for item in (a, b))
+    return bool(torch.isclose(a, b, rtol=1e-6, atol=0.0).all())
 
 
 def is_delta(site: SiteRecord) -> bool:
     """Tell whether a site's distribution is a point, through wrappers."""
+    return _point(site) is not None
+
+
+def _point(site: SiteRecord) -> SiteDistribution | None:
+    """Return the point mass below a distribution's wrappers, if it is one."""
     fn: Any = site.fns[0]
     while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return isinstance(fn, Delta)
+    return fn if isinstance(fn, Delta) else None
 
 
 def check_separable(purpose: str, records: Records, guide: Records) -> None:
@@ -123,7 +141,8 @@ def check_separable(purpose: str, records: Records, guide: Records) -> None:
             )
     joint = [name for name, site in guide.items() if site.is_auxiliary and not site.is_local]
     local = [name for name, site in guide.items() if not site.is_auxiliary and site.is_local and is_delta(site)]
-    if joint and local:
+    own = [name for name, site in guide.items() if site.is_auxiliary and site.is_local]
+    if joint and local and not own:
         raise GuideError(
             f"Local sites {local} are read off the joint draw {joint[0]!r} outside the data plate, so rows have no weights of "
             f"their own, which {purpose} needs. Use a guide that samples them inside the data plate.",
@@ -150,5 +169,27 @@ def check_gradient(gradient: str, guide: Records) -> None:
             raise GuideError(
                 f"The support of the guide's site {name!r} ({type(fn).__name__}) depends on its parameters, where the gradient "
                 f"{gradient!r} is biased. Use gradient='reparam', or a family of fixed support.",
+                site=name,
+            )
+
+
+def check_points(gradient: str, guide: Records) -> None:
+    """Refuse point masses that an estimator of the gradient would not train, or train wrongly.
+
+    Args:
+        gradient: The estimator, any but ``"reparam"``.
+        guide: Sites of a run of the guide with every value given and fixed, so that only parameters are differentiated.
+
+    Raises:
+        GuideError: If a point, or its log density, is computed from parameters.
+    """
+    for name, site in guide.items():
+        point = _point(site)
+        if point is None or (gradient == "dreg" and not site.is_local):
+            continue
+        if point.log_density.requires_grad or (gradient != "stl" and point.v.requires_grad):
+            raise GuideError(
+                f"The guide's site {name!r} is a point (Delta) computed from parameters, where the gradient {gradient!r} is wrong: "
+                f"it has no density to differentiate. Use gradient='reparam', or a distribution with a density.",
                 site=name,
             )
