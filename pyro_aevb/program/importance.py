@@ -13,7 +13,7 @@ from pyro_aevb.errors import AEVBError, NonFiniteError, ParticleWarning
 from pyro_aevb.program.agreement import check_guide, check_masks
 from pyro_aevb.program.dependencies import prior_parents
 from pyro_aevb.program.divergence import closed_form_kl
-from pyro_aevb.program.fixed_rank import module_ranks
+from pyro_aevb.program.fixed_rank import Ranks, module_ranks
 from pyro_aevb.program.parameters import detached_parameters, preserved_buffers, preserved_state
 from pyro_aevb.program.particles import ParticleAxes, Records, SiteRecord, run_program
 from pyro_aevb.program.reach import find_modules
@@ -63,7 +63,7 @@ class ImportanceProgram:
             self.guide_sites = self._of_guide(run_program(guide, self.structure, ParticleAxes(), args, kwargs))
         check_guide(self.structure, self.guide_sites)
         self._batch = (args, kwargs)
-        self._ranks: dict[torch.nn.Module, tuple[int, ...]] | None = None
+        self._ranks: Ranks | None = None
         self._is_vectorized: dict[tuple[bool, bool], bool] = {}
         self._indices = SharedIndices()
         self._noise = random_state()

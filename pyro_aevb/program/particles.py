@@ -21,12 +21,12 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import Message
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
 from pyro_aevb.errors import ModelError
-from pyro_aevb.program.fixed_rank import flattened
+from pyro_aevb.program.fixed_rank import Ranks, flattened
 from pyro_aevb.program.sites import ReplayValues, sample_sites
 from pyro_aevb.program.structure import Structure
 
@@ -126,7 +126,7 @@ def run_program(
     kwargs: Kwargs,
     *,
     values: Values | None = None,
-    ranks: dict[nn.Module, tuple[int, ...]] | None = None,
+    ranks: Ranks | None = None,
 ) -> Records:
     """Run a program under particle axes and record its sample sites.
 
