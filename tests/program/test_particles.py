@@ -279,7 +279,7 @@ def test_gradients_through_networks_of_fixed_rank(name):
     make, event = NETWORKS[name]
     model, guide, x = decoding(make(), event)
     model.eval()
-    program, axes, draws, records = read(model, guide, x)
+    program, _, draws, records = read(model, guide, x)
     parameters = list(model.parameters())
     vectorized = torch.autograd.grad(records["x"].log_prob.sum(), parameters)
     looped = torch.autograd.grad(single_runs(program, (x,), draws, "x").sum(), parameters)
@@ -416,11 +416,12 @@ def test_programs_that_do_not_broadcast_run_in_a_loop_with_one_warning(transform
             pyro.sample("x", dist.Normal(weight * transform(z), 0.5).to_event(1), obs=x)
 
     x, guide = torch.randn(ROWS, 3), guide_of(event)
-    with pytest.warns(ParticleWarning, match="one by one") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         program, axes, draws, records = read(model, guide, x)
-        for _ in range(2):
-            program.axes(S, K)
-    assert len([item for item in caught if item.category is ParticleWarning]) == 1
+        program.axes(S, K)
+        program.axes(S + 1, K)
+    assert ["one by one" in str(item.message) for item in caught if item.category is ParticleWarning] == [True]
     assert not axes.is_vectorized
     expected = single_runs(program, (x,), draws, "x")
     torch.testing.assert_close(records["x"].log_prob, expected)
@@ -532,7 +533,7 @@ def test_model_and_guide_see_the_same_rows(objective):
     evidence = dist.Normal(0.0, 2.0**0.5).log_prob(x)
     # with the exact posterior as guide every bound is the evidence of one of the rows
     distance = (evaluation.bounds.local[:, None] - evidence).abs()
-    assert float(distance.min(1).values.max()) < 1e-8
+    assert float(distance.min(1).values.max()) < 1e-6  # the model's prior is in float32
     assert evaluation.bounds.scale == pytest.approx(12 / ROWS)
 
 
