@@ -14,7 +14,7 @@ from pyro_aevb.program.batch import batch_rows, take_rows
 from pyro_aevb.program.importance import ImportanceProgram, find_non_finite
 from pyro_aevb.program.parameters import evaluating
 from pyro_aevb.program.particles import ParticleAxes, Records
-from pyro_aevb.program.structure import Structure
+from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.randomness import seeded
 
 __all__ = ["Rows", "check_finite", "inferring", "located"]
@@ -149,29 +149,31 @@ class Rows:
         """Read the programs on two rows; if the model draws rows by itself, on as many as it draws."""
         if data_plate is None:
             return ImportanceProgram(model, guide, self.args, self.kwargs, data_plate=None)
-        few = take_rows(self.args, self.kwargs, slice(0, 2))
         try:
-            program = ImportanceProgram(model, guide, *few, data_plate=data_plate)
+            program = ImportanceProgram(model, guide, *self._first(2), data_plate=data_plate)
+            # two rows do not tell a model that draws two rows from one that takes any number
+            structure = read_structure(model, *self._first(3), data_plate=program.structure.data_plate)
         except ModelError as error:
             try:
-                program = ImportanceProgram(model, guide, self.args, self.kwargs, data_plate=data_plate)
+                structure = read_structure(model, self.args, self.kwargs, data_plate=data_plate)
             except ModelError:
                 raise error from None
-            if not program.structure.draws_own_rows:
+            if not structure.draws_own_rows:
                 raise
-        if not program.structure.draws_own_rows:
+        if not structure.draws_own_rows:
             return program
-        drawn = program.structure.rows
-        program = ImportanceProgram(
-            model, guide, *take_rows(self.args, self.kwargs, slice(0, drawn)), data_plate=data_plate
-        )
-        if program.structure.full_size != drawn:
+        self._drawn = structure.rows
+        program = ImportanceProgram(model, guide, *self._first(self._drawn), data_plate=structure.data_plate)
+        if program.structure.full_size != self._drawn:
             raise ModelError(
-                f"The model draws {drawn} rows of {program.structure.full_size} by itself, so that the rows asked for can't be "
-                f"run. Size the plate by the batch: pyro.plate({program.structure.data_plate!r}, len(x), subsample_size={drawn})."
+                f"The model draws {self._drawn} rows of {program.structure.full_size} by itself, so that the rows asked for can't "
+                f"be run. Size the plate by the batch: "
+                f"pyro.plate({structure.data_plate!r}, len(x), subsample_size={self._drawn})."
             )
-        self._drawn = drawn
         return program
+
+    def _first(self, count: int) -> tuple[Args, Kwargs]:
+        return take_rows(self.args, self.kwargs, slice(0, count))
 
     def chunks(
         self, chunk_size: int | None, draws_per_row: int, *, progress: bool
