@@ -216,17 +216,21 @@ class _Run(NamedTuple):
         loss: Its loss, detached.
         gradients: Gradient of each parameter, ``None`` where it has none.
         buffers: Buffers after the run, by name.
+        rebound: Names of buffers that the run replaced instead of writing into them.
     """
 
     loss: Tensor
     gradients: dict[str, Tensor | None]
     buffers: dict[str, Tensor]
+    rebound: list[str]
 
 
 def _difference(module: nn.Module, graph: nn.Module, inputs: tuple[Tensor, ...]) -> str:
     """Compare an eager and a recorded run under one seed; return what differs, or nothing."""
     parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     eager = _run(module, parameters, inputs)
+    if eager.rebound:
+        return f"a run replaces the buffers {eager.rebound}, which a graph goes on to write into; write into them too"
     try:
         recorded = _run(graph, parameters, inputs)
     except RuntimeError as error:
@@ -246,12 +250,14 @@ def _run(run: nn.Module, parameters: dict[str, nn.Parameter], inputs: tuple[Tens
     """Run once under a seed, and leave generators and buffers as they were."""
     with preserved_state([run], evaluate=False), pyro.validation_enabled(False):
         pyro.set_rng_seed(_SEED)
+        before = dict(run.named_buffers())
         loss = run(*inputs)
         gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
         if parameters and loss.requires_grad:
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         buffers = {name: buffer.clone() for name, buffer in run.named_buffers()}
-        return _Run(loss.detach(), dict(zip(parameters, gradients, strict=True)), buffers)
+        rebound = [name for name, buffer in run.named_buffers() if before.get(name) is not buffer]
+        return _Run(loss.detach(), dict(zip(parameters, gradients, strict=True)), buffers, rebound)
 
 
 def _is_close(a: Tensor | None, b: Tensor | None) -> bool:
