@@ -265,7 +265,10 @@ class AEVB:
                 raise FileError(
                     f"{path} was saved with the objective {name}, which is not known here: give objective=."
                 )
-            objective = OBJECTIVES[name](**settings)
+            try:
+                objective = OBJECTIVES[name](**settings)
+            except (TypeError, SettingError) as error:
+                raise FileError(f"{path} has settings that {name} does not take: {error}. Give objective=.") from error
         loaded = cls(model, guide, objective, data_plate=header["data_plate"], num_data=header["num_data"])
         loaded._batch_shapes = header["batch"]
         restore(loaded._module, path, header)

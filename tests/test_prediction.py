@@ -265,6 +265,7 @@ MEDIANS = {
         lambda x: x,
     ),
     "independent": (vector_model, lambda x: pyro.sample("z", dist.Normal(both(x), 1.0).to_event(1)), both),
+    "point": (real_model, lambda x: pyro.sample("z", dist.Delta(x)), lambda x: x),
     "full covariance": (
         vector_model,
         lambda x: pyro.sample("z", dist.MultivariateNormal(both(x), torch.tensor([[2.0, 0.5], [0.5, 1.0]]))),
