@@ -22,12 +22,11 @@ from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
-from torch.distributions import constraints, transform_to
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
 from pyro_aevb.errors import ModelError
 from pyro_aevb.program.fixed_rank import Ranks, flattened
-from pyro_aevb.program.sites import ReplayValues, sample_sites
+from pyro_aevb.program.sites import ReplayValues, sample_sites, unmasked_value
 from pyro_aevb.program.structure import Structure
 
 __all__ = ["ParticleAxes", "Records", "SiteRecord", "as_draws", "run_program"]
@@ -169,7 +168,7 @@ def _record(node: dict[str, Any], structure: Structure, axes: ParticleAxes) -> S
         scaled = scale_and_mask(parts[0], scale, node["mask"])
         return _to_rows(scaled, structure, axes, (is_local, data_dim, rows), node["name"])
 
-    log_prob = _log_prob(node)
+    log_prob = node["fn"].log_prob(unmasked_value(node), *node["args"], **node["kwargs"])
     return SiteRecord(
         name=node["name"],
         fns=(node["fn"],),
@@ -199,26 +198,6 @@ def _site_mask(node: dict[str, Any]) -> Tensor | bool:
     if own is None or own is True:
         return mask
     return own if mask is True else own & mask
-
-
-def _log_prob(node: dict[str, Any]) -> Tensor:
-    """Return a site's log density, masked entries taken at a point inside the support.
-
-    A NaN-coded missing value would else put NaN into the gradient, also where the mask drops its density.
-    """
-    fn, value, mask = node["fn"], node["value"], node["mask"]
-    if node["is_observed"] and isinstance(mask, Tensor) and isinstance(value, Tensor):
-        event_mask = mask.reshape(mask.shape + (1,) * fn.event_dim)
-        value = torch.where(event_mask, value, _inside(fn.support, value))
-    return fn.log_prob(value, *node["args"], **node["kwargs"])
-
-
-def _inside(support: constraints.Constraint, value: Tensor) -> Tensor:
-    """Return a value of the same shape inside a support; 0 for the discrete families, which all hold it."""
-    if support.is_discrete:
-        return torch.zeros_like(value)
-    transform = transform_to(support)
-    return transform(value.new_zeros(transform.inverse_shape(value.shape)))
 
 
 def _to_rows(

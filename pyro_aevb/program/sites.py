@@ -3,13 +3,17 @@
 from typing import Any, TypeAlias
 
 import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import Independent, constraints, transform_to
 
 from pyro_aevb._types import Values
 
-__all__ = ["Nodes", "ReplayValues", "SharedIndices", "SpentNoise", "sample_sites"]
+__all__ = ["Nodes", "ReplayValues", "SharedIndices", "SpentNoise", "sample_sites", "unmasked_value", "value_mask"]
 
 Nodes: TypeAlias = dict[str, Any]
 """Sample sites of a trace by name."""
@@ -74,3 +78,42 @@ def sample_sites(trace: Trace) -> Nodes:
         and type(node["fn"]).__name__ != "_Subsample"
         and not (node["infer"] or {}).get("_deterministic", False)
     }
+
+
+def value_mask(node: dict[str, Any]) -> Tensor | None:
+    """Return which entries of a site's value its density counts, of a shape that broadcasts to the value; ``None`` for all.
+
+    That is the mask of ``poutine.mask`` joined with those of ``fn.mask(...)``, inside ``to_event`` too.
+    """
+    fn = node["fn"]
+    masks = [(node["mask"], fn.event_dim)]
+    while isinstance(fn, (Independent, ExpandedDistribution, MaskedDistribution)):
+        if isinstance(fn, MaskedDistribution):
+            masks.append((fn._mask, fn.event_dim))
+        fn = fn.base_dist
+    joined: Tensor | None = None
+    for mask, event_dim in masks:
+        if mask is not None and mask is not True:
+            mask = torch.as_tensor(mask, device=node["value"].device)
+            mask = mask.reshape(mask.shape + (1,) * event_dim)
+            joined = mask if joined is None else joined & mask
+    return joined
+
+
+def unmasked_value(node: dict[str, Any]) -> Any:
+    """Return a site's value with masked entries moved to a point inside the support.
+
+    A missing value that is coded as NaN would else put NaN into the gradient, also where the mask drops its density.
+    """
+    value, mask = node["value"], value_mask(node)
+    if not node["is_observed"] or mask is None or not isinstance(value, Tensor):
+        return value
+    return torch.where(mask, value, _inside(node["fn"].support, value))
+
+
+def _inside(support: constraints.Constraint, value: Tensor) -> Tensor:
+    """Return a value of the same shape inside a support; 0 for the discrete families, which all hold it."""
+    if support.is_discrete:
+        return torch.zeros_like(value)
+    transform = transform_to(support)
+    return transform(value.new_zeros(transform.inverse_shape(value.shape)))

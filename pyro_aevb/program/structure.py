@@ -14,7 +14,7 @@ from pyro_aevb.program.batch import batch_rows, explained
 from pyro_aevb.program.dependencies import prior_parents
 from pyro_aevb.program.parameters import preserved_state
 from pyro_aevb.program.reach import find_modules
-from pyro_aevb.program.sites import Nodes, ReplayValues, sample_sites
+from pyro_aevb.program.sites import Nodes, ReplayValues, sample_sites, unmasked_value, value_mask
 
 __all__ = ["Site", "Structure", "read_structure"]
 
@@ -252,13 +252,12 @@ def _check_site(site: Site, node: dict[str, Any]) -> None:
             f"dimensions as an event with .to_event(...), or put the site into a plate for each.",
             site=site.name,
         )
-    if node["mask"] is None or node["mask"] is True:
-        _check_density(site, node)
+    _check_density(site, node)
 
 
 def _check_density(site: Site, node: dict[str, Any]) -> None:
-    """Refuse a NaN log density, and say whether the data or the model made it."""
-    value = node["value"]
+    """Refuse a NaN log density that no mask drops, and say whether the data or the model made it."""
+    value, mask = unmasked_value(node), value_mask(node)
     if node["is_observed"] and not torch.isfinite(value).all():
         count = int((~torch.isfinite(value)).sum())
         raise DataError(
@@ -274,7 +273,7 @@ def _check_density(site: Site, node: dict[str, Any]) -> None:
             f"likelihood (grey levels under a Bernoulli need validate_args=False).",
             site=site.name,
         ) from error
-    if torch.isnan(log_prob).any():
+    if torch.isnan(log_prob).any() and mask is None:
         raise NonFiniteError(
             f"The log density of site {site.name!r} ({site.family}) is NaN. Look at the parameters that the program gives it: "
             f"a NaN weight, the logarithm of a negative number, a scale of 0.",
