@@ -26,7 +26,7 @@ from torch import Tensor
 from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
 from pyro_aevb.errors import ModelError
 from pyro_aevb.program.fixed_rank import Ranks, flattened
-from pyro_aevb.program.sites import ReplayValues, sample_sites, unmasked_value
+from pyro_aevb.program.sites import ReplayValues, sample_sites, unmasked_value, value_mask
 from pyro_aevb.program.structure import Structure
 
 __all__ = ["ParticleAxes", "Records", "SiteRecord", "as_draws", "run_program"]
@@ -70,7 +70,7 @@ class SiteRecord:
         is_local: Whether it lies inside the data plate.
         is_observed: Whether its value is given.
         is_auxiliary: Whether it is a guide's auxiliary site.
-        mask: Its mask, ``True`` where there is none.
+        mask: Which entries of its value count, ``True`` where all do.
         scale: Its scale apart from the data plate's own.
         data_scale: The data plate's own scale; ``None`` for a global site.
         reduce: Sums tensors of the site's batch shape, one per run, to rows.
@@ -160,7 +160,7 @@ def _record(node: dict[str, Any], structure: Structure, axes: ParticleAxes) -> S
     is_local = structure.data_plate is None or data_frame is not None
     data_scale = data_frame.full_size / data_frame.size if data_frame is not None and data_frame.full_size else 1.0
     scale = _other_scale(node["scale"], data_scale)
-    mask = _site_mask(node)
+    mask = value_mask(node)
     rows = data_frame.size if data_frame is not None else 1
     data_dim = data_frame.dim if data_frame is not None else None
 
@@ -177,7 +177,7 @@ def _record(node: dict[str, Any], structure: Structure, axes: ParticleAxes) -> S
         is_local=is_local,
         is_observed=node["is_observed"],
         is_auxiliary=bool(node["infer"].get("is_auxiliary", False)),
-        mask=mask,
+        mask=True if mask is None else mask,
         scale=scale,
         data_scale=data_scale if is_local else None,
         reduce=reduce,
@@ -189,15 +189,6 @@ def _other_scale(scale: Tensor | float, data_scale: float) -> Tensor | float:
     if isinstance(scale, Tensor):
         return scale / data_scale
     return 1.0 if scale == data_scale else scale / data_scale
-
-
-def _site_mask(node: dict[str, Any]) -> Tensor | bool:
-    """Join the mask of ``poutine.mask`` with the one of a masked distribution."""
-    mask = True if node["mask"] is None else node["mask"]
-    own = getattr(node["fn"], "_mask", None)
-    if own is None or own is True:
-        return mask
-    return own if mask is True else own & mask
 
 
 def _to_rows(

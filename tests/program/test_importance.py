@@ -1,5 +1,7 @@
 """Model, guide and batch become terms; masks keep NaN out; a density that is not finite is named."""
 
+import functools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -8,7 +10,9 @@ from pyro import poutine
 from torch import nn
 
 from pyro_aevb import IWELBO, SGVB
+from pyro_aevb.errors import GuideError
 from pyro_aevb.program.importance import ImportanceProgram, find_non_finite
+from pyro_aevb.program.particles import ParticleAxes
 from pyro_aevb.program.structure import read_structure
 from pyro_aevb.testing import GammaPoisson, LinearGaussian
 
@@ -124,6 +128,70 @@ def test_nan_behind_a_mask_is_harmless_for_families_of_any_support(family):
     gradient = pyro.param("loc").unconstrained().grad
     assert torch.isfinite(gradient).all()
     assert float(gradient[0].abs()) > 0
+
+
+def test_a_mask_inside_the_event_must_stand_on_both_sides():
+    mask = torch.tensor([True, False, True])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).mask(mask).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def guide(x, *, is_masked):
+        with pyro.plate("data", len(x)):
+            own = mask if is_masked else True
+            pyro.sample("z", dist.Normal(torch.ones(len(x), 3), 0.5).mask(own).to_event(1))
+
+    x = torch.zeros(4)
+    assert torch.isfinite(SGVB().bounds(model, functools.partial(guide, is_masked=True), x).total)
+    with pytest.raises(GuideError, match="'z' a different mask"):
+        SGVB().bounds(model, functools.partial(guide, is_masked=False), x)
+
+
+# Weighing a draw once more
+
+
+class Noisy(nn.Module):
+    """A guide with dropout before and after its first latent, and BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(1)
+        self.loc = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            first = self.dropout(self.norm(x[:, None])[:, 0] + self.loc)
+            y = pyro.sample("y", dist.Normal(first, 1.0))
+            pyro.sample("z", dist.Normal(self.dropout(y + self.loc), 1.0))
+
+
+def two_latents(x):
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Normal(y, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("is_detached", [True, False])
+@pytest.mark.parametrize("axes", [ParticleAxes(), ParticleAxes(2, 3)], ids=["single", "particles"])
+def test_a_draw_weighed_once_more_has_the_same_density(axes, is_detached):
+    noisy, x = Noisy(), torch.randn(20)
+    program = ImportanceProgram(two_latents, noisy, (x,), {})
+    program.axes(2, 3)
+    draw = program.sample_guide((x,), {}, axes)
+    state = torch.get_rng_state()
+    values = {name: site.value for name, site in draw.items()}
+    again = program.rescore_guide((x,), {}, axes, values, is_detached=is_detached)
+    for name in ("y", "z"):
+        assert torch.equal(again[name].log_prob, draw[name].log_prob)
+        assert torch.equal(again[name].value, draw[name].value)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert int(noisy.norm.num_batches_tracked) == 1
+    again["z"].log_prob.sum().backward()
+    # the values are live: their own dependence on the parameter stays, only that of the density goes
+    assert noisy.loc.grad is not None
 
 
 # What is not finite
