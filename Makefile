@@ -34,7 +34,7 @@ docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(DEV)
-	set -e; for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file; done
+	$(BIN)/python -m benchmarks.run
 
 clean:
 	rm -rf .venv report site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Result", "Row", "environment", "read_sections", "write_page"]
+__all__ = ["Result", "Row", "environment", "load", "read_sections", "write_page"]
 
 PACKAGES = ("pyro_aevb", "pyro-ppl", "torch", "numpy", "lightning-fabric")
 
@@ -79,12 +79,16 @@ class Result:
 
 
 def environment() -> str:
-    """Describe date, versions, machine and its load in one line, without names of hosts, users or directories."""
+    """Describe date, versions and machine in one line, without names of hosts, users or directories."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     machine = f"{_processor()}, {os.cpu_count()} cores, {_memory()}, {gpu}, {platform.system()} {platform.machine()}"
-    load = f"load {os.getloadavg()[0]:.1f} before the run" if hasattr(os, "getloadavg") else "load unknown"
-    return f"{date.today()}; Python {platform.python_version()}, {versions}; {machine}; {load}."
+    return f"{date.today()}; Python {platform.python_version()}, {versions}; {machine}"
+
+
+def load() -> str:
+    """Return the mean number of running processes over the last minute: more than ours say that others took our time."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
 
 
 def _processor() -> str:

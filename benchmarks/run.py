@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import linear_gaussian, mnist, step_time
-from benchmarks.result import Result, environment, write_page
+from benchmarks.result import Result, environment, load, write_page
 
 COMPARISONS: dict[str, Callable[..., Result]] = {
     "linear_gaussian": linear_gaussian.run,
@@ -43,10 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, page: Path | None, *, quick: bool) -> bool:
     """Run one comparison and tell whether a number missed its bar."""
-    where, start = environment(), time.perf_counter()
+    before, start = load(), time.perf_counter()
     result = COMPARISONS[name](quick=quick)
     command = f"python -m benchmarks.run {'--quick ' if quick else ''}{name}"
-    section = result.to_markdown(name, command, f"{where} Took {time.perf_counter() - start:.0f} s.")
+    seconds = time.perf_counter() - start
+    where = f"{environment()}; load {before} before and {load()} after the run, which took {seconds:.0f} s."
+    section = result.to_markdown(name, command, where)
     sys.stdout.write(section + "\n")
     if page is not None:
         write_page(page, {name: section}, list(COMPARISONS))

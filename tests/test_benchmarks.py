@@ -1,0 +1,121 @@
+"""The benchmarks still run: the comparison that has closed forms, the page, and the parts that every comparison has."""
+
+import importlib
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from pyro_aevb.objectives.sgvb import SGVB
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[ModuleType]:
+    """Import the command line from the repository's root, which is no installed package."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        yield importlib.import_module("benchmarks.run")
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def test_the_closed_forms_are_reached(bench: ModuleType) -> None:
+    result = bench.COMPARISONS["linear_gaussian"](quick=True)
+    assert result.missed == []
+    bars = [row for row in result.rows if row.bar.startswith(("<=", "-13"))]
+    assert len(bars) == 10
+    assert all(row.is_met for row in bars)
+
+
+def test_every_comparison_has_the_same_parts(bench: ModuleType) -> None:
+    for name, run in bench.COMPARISONS.items():
+        comparison = module(name)
+        assert run is comparison.run
+        assert comparison.__all__ == ["run"]
+        assert comparison.__doc__
+        assert hasattr(comparison, "Measured")
+        assert hasattr(comparison, "_table")
+        assert f"## {name}\n" in bench.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_page_says_where_but_names_no_machine(bench: ModuleType) -> None:
+    line = module("result").environment()
+    assert f"torch {torch.__version__}" in line
+    assert "cores" in line
+    assert "/" not in line.split("Linux")[0]
+
+
+def test_a_section_is_replaced_and_the_others_stay(bench: ModuleType, tmp_path: Path) -> None:
+    result, page, order = module("result"), tmp_path / "page.md", ["first", "second"]
+    result.write_page(page, {"second": "## second\n\nold\n", "gone": "## gone\n"}, order)
+    result.write_page(page, {"first": "## first\n\n1\n"}, order)
+    result.write_page(page, {"second": "## second\n\nnew\n"}, order)
+    assert result.read_sections(page.read_text()) == {"first": "## first\n\n1\n", "second": "## second\n\nnew\n"}
+    assert page.read_text().startswith(result.PREFACE)
+
+
+def test_a_missed_bar_is_said(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = module("result")
+    rows = [result.Row("a", "1", "", "<= 1", True), result.Row("b", "2", "", "<= 1", False), result.Row("c", "3")]
+    monkeypatch.setitem(
+        bench.COMPARISONS, "mnist", lambda *, quick: result.Result("Title", "Setting.", rows, ("note",))
+    )
+    page = tmp_path / "page.md"
+    assert bench.main(["mnist", "--out", str(page)]) == 1
+    text = page.read_text(encoding="utf-8")
+    assert "| b | 2 |  | <= 1 | **missed** |" in text
+    assert "| a | 1 |  | <= 1 | met |" in text
+    assert "`python -m benchmarks.run mnist`" in text
+    assert "- note" in capsys.readouterr().out
+
+
+def test_quick_leaves_the_page_alone(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = module("result")
+    monkeypatch.setitem(bench.COMPARISONS, "mnist", lambda *, quick: result.Result("T", "S.", [result.Row("a", "1")]))
+    monkeypatch.setattr(bench, "PAGE", tmp_path / "page.md")
+    assert bench.main(["--quick", "mnist"]) == 0
+    assert not bench.PAGE.exists()
+
+
+def test_an_unknown_comparison_is_refused(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["nothing"])
+    assert "known are linear_gaussian, mnist, step_time" in capsys.readouterr().err
+
+
+def test_blocks_are_interleaved(bench: ModuleType) -> None:
+    timing, calls = module("timing"), []
+    contenders = {name: lambda n, name=name: calls.append((name, n)) for name in "AB"}
+    times = timing.interleave(contenders, num_rounds=2, num_steps=5, num_warmup=3)
+    assert calls == [("A", 3), ("B", 3), ("A", 5), ("B", 5), ("A", 5), ("B", 5)]
+    assert {name: len(values) for name, values in times.items()} == {"A": 2, "B": 2}
+    assert timing.ratios([2.0, 6.0], [1.0, 2.0]) == [2.0, 3.0]
+
+
+def test_the_peers_are_the_same_model(bench: ModuleType) -> None:
+    torch.manual_seed(0)
+    vae = module("programs").VAE(pixels=12, hidden=7, latent=2)
+    torch.manual_seed(0)
+    peer = module("peers").HandWrittenVAE(pixels=12, hidden=7, latent=2)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(vae.parameters(), peer.parameters(), strict=True))
+    x = torch.rand(1, 12).expand(20_000, -1)
+    with torch.no_grad():
+        bound = peer.bound(x)
+        weighted = peer.importance_weighted_bound(x[:200], 1000)
+    ours = SGVB(kl="sampled").bounds(vae.model, vae.guide, x).local
+    error = math.sqrt((ours.var() + bound.var()).item() / len(x))
+    assert abs(ours.mean() - bound.mean()) < 4 * error
+    assert weighted.mean() > bound.mean()
