@@ -233,7 +233,7 @@ def plot_log_marginal(result: LogMarginal, *, title: str | None = None) -> "Figu
         ax.plot(place[is_flagged], value[is_flagged], "x", color=VERMILLION, markersize=5, label="unreliable")
         below.plot(place[is_flagged], k_hat[is_flagged], "x", color=VERMILLION, markersize=5)
     below.axhline(0.7, color=GREY, linestyle="--", linewidth=1)
-    below.text(0, 0.72, "0.7", color=GREY, fontsize=9, va="bottom")
+    below.text(1.005, 0.7, "0.7", color=GREY, fontsize=9, va="center", transform=below.get_yaxis_transform())
     ax.legend(frameon=False, loc="upper left")
     mean = f"{_number(summary.mean)} ± {summary.monte_carlo_se:.2g}" if summary.num_void == 0 else _number(summary.mean)
     heading = f"{result.label}: mean {mean} nats over {len(result)} rows, {summary.num_flagged} of them unreliable"
