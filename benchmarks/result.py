@@ -18,7 +18,7 @@ PACKAGES = ("pyro_aevb", "pyro-ppl", "torch", "numpy", "lightning-fabric")
 
 PREFACE = """# Results
 
-Numbers of this project beside those of its peers, measured in one run on one machine. This page is written by
+Numbers of this project beside those of its peers, each comparison measured in one process. This page is written by
 `python -m benchmarks.run` (all comparisons) or `python -m benchmarks.run NAME` (one of them, the others stay); do not edit it.
 `--quick` runs a smaller setting and leaves this page alone. Each section says when, where and by which command it was measured. A
 row with a bar says `met` or **missed**; rows without one inform. Times depend on the machine and on what else it does: read ratios.
