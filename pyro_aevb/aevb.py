@@ -22,6 +22,7 @@ from pyro_aevb.randomness import seeded
 from pyro_aevb.training.checkpoint import describe, read_header, restore, save
 from pyro_aevb.training.data import Batch, as_batch, as_source
 from pyro_aevb.training.loop import FitResult, fit_module
+from pyro_aevb.training.preparation import build
 from pyro_aevb.training.stepper import Stepper, default_optimizer
 
 __all__ = ["AEVB"]
@@ -158,7 +159,7 @@ class AEVB:
 
     def _start(self, rows: Batch, learning_rate: float) -> Stepper:
         """Make the parameters and an optimizer for single steps."""
-        self._module.build(*rows.args, **rows.kwargs)
+        build(self._module, rows)
         structure = self._module.structure
         if structure is not None and structure.has_globals and structure.data_plate and self._module.num_data is None:
             raise SettingError(
@@ -308,6 +309,7 @@ class AEVB:
         """Run model and guide with this wrapper's parameters, made on first use."""
         if not self._module.program.is_built:
             self._module.build(*rows.args, **rows.kwargs)
+            self._batch_shapes = describe(rows)
         return self._module.program.running()
 
     def _call(self, function: Any, batch: tuple[Any, ...], settings: dict[str, Any], **fixed: Any) -> Any:

@@ -9,8 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
-from pyro_aevb.errors import DataError, ModelError
-from pyro_aevb.program.batch import batch_rows, take_rows
+from pyro_aevb.errors import DataError, ModelError, NonFiniteError
+from pyro_aevb.program.batch import batch_rows, explained, take_rows
 from pyro_aevb.program.importance import ImportanceProgram, find_non_finite
 from pyro_aevb.program.parameters import evaluating
 from pyro_aevb.program.particles import ParticleAxes, Records
@@ -41,14 +41,14 @@ def inferring(seed: int | None, *programs: PyroProgram) -> Iterator[None]:
 
 @contextmanager
 def located(args: Args, kwargs: Kwargs) -> Iterator[None]:
-    """Add to a :class:`~pyro_aevb.errors.DataError` where the batch's first NaN or infinity is."""
+    """Add to an error where the batch's first NaN or infinity is, if there is one."""
     try:
         yield
-    except DataError as error:
+    except (DataError, NonFiniteError) as error:
         rows = _non_finite_rows(args, kwargs)
         if not len(rows):
             raise
-        where = f"The first of them is in argument {_argument(args, kwargs, int(rows[0]))}, row {int(rows[0])}."
+        where = f"The data's first NaN or infinity is in argument {_argument(args, kwargs, int(rows[0]))}, row {int(rows[0])}."
         raise DataError(f"{error} {where}", site=error.site) from error
 
 
@@ -135,7 +135,7 @@ class Rows:
             raise DataError(f"The batch has no rows: expected at least one, got lengths {lengths}.")
         if data_plate is not None and len(set(lengths.values())) > 1:
             raise DataError(f"Every tensor has rows on axis 0 and as many of them, got lengths {lengths}.")
-        with evaluating(model, guide), located(args, kwargs):
+        with evaluating(model, guide), located(args, kwargs), explained("program", args, kwargs):
             self.program = self._read(model, guide, data_plate)
         self.count = batch_rows(args, kwargs) if self.structure.data_plate is not None else None
         check_finite(model, guide, self.structure, args, kwargs, rows_per_run=1000)
@@ -156,7 +156,7 @@ class Rows:
         except ModelError as error:
             try:
                 structure = read_structure(model, self.args, self.kwargs, data_plate=data_plate)
-            except ModelError:
+            except (ModelError, RuntimeError):
                 raise error from None
             if not structure.draws_own_rows:
                 raise

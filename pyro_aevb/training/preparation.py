@@ -5,11 +5,12 @@ from collections.abc import Iterator
 import torch
 
 from pyro_aevb.errors import AEVBError, DataError, SettingError
+from pyro_aevb.program.batch import explained
 from pyro_aevb.program.rows import check_finite, located
 from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.training.data import Batch, BatchSource
 
-__all__ = ["prepare"]
+__all__ = ["build", "prepare"]
 
 
 def prepare(module: ObjectiveModule, source: BatchSource, batch_size: int | None) -> BatchSource:
@@ -49,18 +50,26 @@ def prepare(module: ObjectiveModule, source: BatchSource, batch_size: int | None
     return source
 
 
+def build(module: ObjectiveModule, batch: Batch) -> None:
+    """Make the parameters, read the structure, and let the objective refuse what it can't train, before anything is drawn."""
+    with located(*batch), explained("program", *batch):
+        module.build(*batch.args, **batch.kwargs)
+    if hasattr(module.objective, "read"):
+        with module.running():
+            module.objective.read(module.model, module.guide, *batch.args, **batch.kwargs)
+
+
 def _build(module: ObjectiveModule, source: BatchSource, batch_size: int | None) -> Batch:
     """Build on the first batch; a model that needs all rows at once is tried with them."""
     batch = source.first()
     try:
-        with located(*batch):
-            module.build(*batch.args, **batch.kwargs)
+        build(module, batch)
     except AEVBError as error:
         whole = source.whole()
         if batch_size is not None or whole is None:
             raise
         try:
-            module.build(*whole.args, **whole.kwargs)
+            build(module, whole)
         except AEVBError:
             raise error from error.__cause__
     return batch
