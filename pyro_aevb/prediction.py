@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, MultivariateStudentT
+from pyro.distributions import MultivariateStudentT
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
@@ -246,8 +246,6 @@ _SYMMETRIC = (LowRankMultivariateNormal, MultivariateNormal, MultivariateStudent
 
 def _median(fn: SiteDistribution) -> Tensor:
     shape = fn.batch_shape + fn.event_shape
-    if isinstance(fn, Delta):
-        return fn.v
     if isinstance(fn, _SYMMETRIC):
         return fn.loc
     if isinstance(fn, Independent) or type(fn).__name__ in ("MaskedDistribution", "ExpandedDistribution"):

@@ -120,7 +120,4 @@ class _Importance:
         model = program.score_model(args, kwargs, axes, {name: site.value for name, site in guide.items()})
         check_separable("evidence", model | guide, program.guide_sites)
         weights = program.terms(model, guide, axes).log_weights()
-        local = weights.local[..., :count]
-        if program.structure.data_plate is None:
-            local = local + weights.global_[:, None, None]
-        return from_log_weights(local, label=self.label)
+        return from_log_weights(weights.local[..., :count], label=self.label)
