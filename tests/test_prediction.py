@@ -42,7 +42,7 @@ class TestShapes:
 
         return functools.partial(run, site="model"), functools.partial(run, site="guide")
 
-    @pytest.mark.parametrize("dims", [(-3, -2, -1)])
+    @pytest.mark.parametrize("dims", [(-3, -2, -1), (-1, -2, -3), (None, None, None)])
     @pytest.mark.parametrize("rows", [1, 6])
     def test_rows_come_first_then_inner_plates_from_outer_to_inner_then_the_event(self, dims, rows):
         model, guide = self.programs(dims)
@@ -56,7 +56,7 @@ class TestShapes:
             name: (1, *shape[1:]) for name, shape in expected.items()
         }
 
-    @pytest.mark.parametrize("dims", [(-3, -2, -1)])
+    @pytest.mark.parametrize("dims", [(-3, -2, -1), (-1, -2, -3), (None, None, None)])
     def test_inner_plates_hold_what_belongs_to_them(self, dims):
         model, guide = self.programs(dims)
         draws = posterior(model, guide, torch.zeros(2), num_samples=4000, seed=0)

@@ -79,7 +79,7 @@ class IWELBO(Objective):
 
     def _evaluate(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> Evaluation:
         axes = program.axes(self.num_particles, self.num_importance_samples)
-        guide = program.sample_guide(args, kwargs, axes)
+        guide = program.sample_guide(args, kwargs, axes, keeps_noise=self.gradient == "dreg")
         if self.gradient == "dreg" and torch.is_grad_enabled():
             return self._evaluate_dreg(program, args, kwargs, axes, guide)
         values = {name: site.value for name, site in guide.items()}

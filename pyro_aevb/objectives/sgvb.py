@@ -162,7 +162,7 @@ class SGVB(Objective):
     def _draw(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> Terms:
         """Draw from the guide; under STL, log q is taken with the guide's parameters detached."""
         axes = program.axes(self.num_particles, 1)
-        guide = program.sample_guide(args, kwargs, axes)
+        guide = program.sample_guide(args, kwargs, axes, keeps_noise=self.gradient == "stl")
         values = {name: site.value for name, site in guide.items()}
         model = program.score_model(args, kwargs, axes, values)
         if self.gradient == "stl" and torch.is_grad_enabled():
@@ -189,7 +189,7 @@ class SGVB(Objective):
         r"""Weigh fixed draws: the gradient of q is :math:`f(z) \nabla \log q(z)` (section 2.2), f the row's own cost."""
         axes = program.axes(self.num_particles, 1)
         with torch.no_grad():
-            draws: Records = program.sample_guide(args, kwargs, axes)
+            draws: Records = program.sample_guide(args, kwargs, axes, keeps_noise=True)
         values = {name: site.value.detach() for name, site in draws.items()}
         guide = program.rescore_guide(args, kwargs, axes, values, is_detached=False)
         terms = program.terms(program.score_model(args, kwargs, axes, values), guide, axes)

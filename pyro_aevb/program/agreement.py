@@ -13,7 +13,7 @@ from pyro_aevb._types import SiteDistribution
 from pyro_aevb.errors import GuideError, ModelError
 from pyro_aevb.program.divergence import elementwise, has_known_support, has_moving_support
 from pyro_aevb.program.particles import Records, SiteRecord
-from pyro_aevb.program.structure import Structure
+from pyro_aevb.program.structure import Structure, check_event_shape
 from pyro_aevb.randomness import preserved_rng
 
 __all__ = ["check_gradient", "check_guide", "check_masks", "check_points", "check_separable", "is_delta"]
@@ -47,12 +47,7 @@ def _check_guide_site(structure: Structure, name: str, q: SiteRecord) -> None:
     """Hold one guide site's plate, event shape and support against the model's site."""
     site = structure.sites[name]
     fn = q.fns[0]
-    if tuple(fn.event_shape) != site.event_shape:
-        raise GuideError(
-            f"Site {name!r} has event shape {list(fn.event_shape)} in the guide and {list(site.event_shape)} in the model. Give "
-            f"the guide's distribution the model's event shape, with .to_event(...) where needed.",
-            site=name,
-        )
+    check_event_shape(name, site, fn)
     if q.is_local != site.is_local:
         where = ("inside", "outside") if site.is_local else ("outside", "inside")
         raise GuideError(

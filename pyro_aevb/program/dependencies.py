@@ -55,7 +55,7 @@ def _parents_by_gradient(model: PyroProgram, values: Values, args: Args, kwargs:
     parents = {}
     for name, node in nodes.items():
         density = node["fn"].log_prob(node["value"].detach()).sum()
-        if not density.requires_grad:
+        if not density.requires_grad or not leaves:
             parents[name] = frozenset[str]()
             continue
         gradients = torch.autograd.grad(density, list(leaves.values()), retain_graph=True, allow_unused=True)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -14,12 +15,12 @@ from pyro_aevb.program.agreement import check_guide, check_masks
 from pyro_aevb.program.dependencies import prior_parents
 from pyro_aevb.program.divergence import closed_form_kl
 from pyro_aevb.program.fixed_rank import Ranks, module_ranks
-from pyro_aevb.program.parameters import detached_parameters, preserved_buffers, preserved_state
+from pyro_aevb.program.parameters import detaching, preserved_buffers, preserved_state
 from pyro_aevb.program.particles import ParticleAxes, Records, SiteRecord, run_program
 from pyro_aevb.program.reach import find_modules
 from pyro_aevb.program.sites import SharedIndices, SpentNoise
 from pyro_aevb.program.structure import Structure, read_structure
-from pyro_aevb.randomness import random_state, replayed_rng
+from pyro_aevb.randomness import RandomState, random_state, replayed_rng
 from pyro_aevb.weights import LatentTerm, ObservedTerm, Terms
 
 __all__ = ["ImportanceProgram", "find_non_finite"]
@@ -66,8 +67,8 @@ class ImportanceProgram:
         self._ranks: Ranks | None = None
         self._is_vectorized: dict[tuple[bool, bool], bool] = {}
         self._indices = SharedIndices()
-        self._noise = random_state()
-        self._detached_guide = detached_parameters(guide)
+        self._noise: RandomState | None = None
+        self._guide_modules = find_modules(guide)
 
     @property
     def names(self) -> frozenset[str]:
@@ -84,10 +85,22 @@ class ImportanceProgram:
             self._is_vectorized[key] = self._try_vectorizing(key)
         return replace(single, is_vectorized=self._is_vectorized[key])
 
-    def sample_guide(self, args: Args, kwargs: Kwargs, axes: ParticleAxes, *, values: Values | None = None) -> Records:
-        """Draw from the guide; sites named in ``values`` keep their value, and plates then the rows that they drew before."""
+    def sample_guide(
+        self, args: Args, kwargs: Kwargs, axes: ParticleAxes, *, values: Values | None = None, keeps_noise: bool = False
+    ) -> Records:
+        """Draw from the guide; sites named in ``values`` keep their value, and plates then the rows that they drew before.
+
+        Args:
+            args: The batch, as positional arguments.
+            kwargs: The batch, as keyword arguments.
+            axes: The axes of the draw.
+            values: Values of sites that are not to be drawn.
+            keeps_noise: Whether :meth:`rescore_guide` will weigh this draw again and needs its noise.
+        """
         if not values:
-            self._indices, self._noise = SharedIndices(), random_state()
+            self._indices = SharedIndices()
+        if keeps_noise:
+            self._noise = random_state()
         return self._of_guide(self._run(self.guide, args, kwargs, axes, values or {}))
 
     def rescore_guide(
@@ -103,10 +116,13 @@ class ImportanceProgram:
             axes: The axes of the draw.
             values: The draw.
             is_detached: Whether to detach the guide's parameters.
+
+        A draw that was not kept with its noise is weighed under fresh noise.
         """
-        program = self._detached_guide if is_detached else self.guide
-        with preserved_buffers(self.modules), replayed_rng(self._noise), SpentNoise():
-            return self._of_guide(self._run(program, args, kwargs, axes, values))
+        detached = detaching(self._guide_modules) if is_detached else nullcontext()
+        noise = replayed_rng(self._noise) if self._noise is not None else nullcontext()
+        with preserved_buffers(self.modules), noise, SpentNoise(), detached:
+            return self._of_guide(self._run(self.guide, args, kwargs, axes, values))
 
     def _of_guide(self, records: Records) -> Records:
         """Leave out the observed sites that a guide shows when it runs the model by itself, as Pyro's messenger guides do."""
@@ -178,7 +194,9 @@ class ImportanceProgram:
     def _try_vectorizing(self, key: tuple[bool, bool]) -> bool:
         """Compare a run under particle plates with runs without, particle by particle."""
         args, kwargs = self._batch
-        axes = ParticleAxes(1 + key[0], 1 + key[1])
+        # sizes that differ from the rows', or indexing by rows would pass for indexing by particles
+        size = 3 if self.structure.rows == 2 else 2
+        axes = ParticleAxes(size if key[0] else 1, size if key[1] else 1)
         with preserved_state(self.modules), torch.no_grad():
             self._ranks = module_ranks(self.modules, lambda: self._run_both(args, kwargs))
             try:
@@ -187,7 +205,8 @@ class ImportanceProgram:
                 model = self.score_model(args, kwargs, axes, values)
                 loop = replace(axes, is_vectorized=False)
                 site = _first_difference(guide, self.sample_guide(args, kwargs, loop, values=values))
-                site = site or _first_difference(model, self.score_model(args, kwargs, loop, values))
+                given = {name: site for name, site in model.items() if site.is_observed or name in values}
+                site = site or _first_difference(given, self.score_model(args, kwargs, loop, values))
                 reason = f"site {site!r} has other densities than without particles" if site else ""
             except AEVBError:
                 raise

@@ -28,7 +28,7 @@ from pyro_aevb.errors import AEVBWarning, ParameterError
 from pyro_aevb.program.reach import code_names, find_modules, modules_below
 from pyro_aevb.randomness import preserved_rng
 
-__all__ = ["Program", "detached_parameters", "evaluating", "preserved_buffers", "preserved_state"]
+__all__ = ["Program", "detaching", "evaluating", "preserved_buffers", "preserved_state"]
 
 
 @contextmanager
@@ -128,21 +128,18 @@ def _swapped_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
             module._parameters.update(held)
 
 
-def detached_parameters(program: PyroProgram) -> PyroProgram:
-    """Return the program with every parameter detached and every sampled value live.
+@contextmanager
+def detaching(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Detach every parameter inside the block; sampled values stay live.
 
     This is what makes the path derivative of Roeder et al. (2017, arXiv 1703.09194) right for guides with several latents:
-    a site's own parameters stop, the ancestors that it is conditioned on do not.
+    a site's own parameters stop, the ancestors that it is conditioned on do not. Draws are to be weighed inside the block,
+    since a flow reads its parameters only when it is weighed.
     """
-    modules = find_modules(program)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        # pyro.module warns for each parameter that does not require a gradient, which here is the point
-        with _DetachParameters(), _swapped_parameters(modules), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
-            return program(*args, **kwargs)
-
-    return run
+    # pyro.module warns for each parameter that does not require a gradient, which here is the point
+    with _DetachParameters(), _swapped_parameters(modules), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
+        yield
 
 
 class _Serve(Messenger):

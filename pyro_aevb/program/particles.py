@@ -283,11 +283,9 @@ def as_draws(site: SiteRecord, structure: Structure) -> Tensor:
     event_dim = site.fns[0].event_dim
     nesting = structure.max_plate_nesting
     value = _pad(site.value, 2 + nesting + event_dim).squeeze(1)
-    event = value.shape[1 + nesting :]
-    if not site.is_local or structure.data_dim is None:
-        inner = [size for size in value.shape[1 : 1 + nesting] if size > 1]
-        return value.reshape(value.shape[0], *inner, *event)
-    rows = 1 + nesting + structure.data_dim
-    value = value.movedim(rows, 1)
-    inner = [size for size in value.shape[2 : 1 + nesting] if size > 1]
-    return value.reshape(*value.shape[:2], *inner, *event)
+    rows = [structure.data_dim] if site.is_local and structure.data_dim is not None else []
+    inner = [dim for dim in structure.sites[site.name].plate_dims if dim not in rows]
+    unused = [dim for dim in range(-nesting, 0) if dim not in (*rows, *inner)]
+    value = value.permute(0, *(1 + nesting + dim for dim in (*rows, *inner, *unused)), *range(1 + nesting, value.dim()))
+    plates, event = value.shape[1 + len(rows) : 1 + nesting], value.shape[1 + nesting :]
+    return value.reshape(*value.shape[: 1 + len(rows)], *(size for size in plates if size > 1), *event)

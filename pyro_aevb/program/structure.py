@@ -9,14 +9,14 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch.distributions import constraints
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution
-from pyro_aevb.errors import DataError, ModelError, NonFiniteError
+from pyro_aevb.errors import DataError, GuideError, ModelError, NonFiniteError
 from pyro_aevb.program.batch import batch_rows, explained
 from pyro_aevb.program.dependencies import prior_parents
 from pyro_aevb.program.parameters import preserved_state
 from pyro_aevb.program.reach import find_modules
 from pyro_aevb.program.sites import Nodes, ReplayValues, sample_sites, unmasked_value, value_mask
 
-__all__ = ["Site", "Structure", "read_structure"]
+__all__ = ["Site", "Structure", "check_event_shape", "read_structure"]
 
 Kind = Literal["latent", "observed", "factor", "imputed"]
 
@@ -33,6 +33,7 @@ class Site:
         event_shape: Shape of one event.
         batch_shape: Shape of its plates, the data plate included, in a run without particles.
         plates: Names of its plates, outermost first.
+        plate_dims: Their dimensions, negative, in the same order.
         family: Name of its distribution.
     """
 
@@ -43,6 +44,7 @@ class Site:
     event_shape: tuple[int, ...]
     batch_shape: tuple[int, ...]
     plates: tuple[str, ...]
+    plate_dims: tuple[int, ...]
     family: str
 
 
@@ -164,9 +166,34 @@ def _read_nodes(model: PyroProgram, guide: PyroProgram | None, args: Args, kwarg
             with explained("guide", args, kwargs):
                 guide_nodes = sample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
         replay = ReplayValues({name: node["value"] for name, node in guide_nodes.items()})
-        with explained("model", args, kwargs), replay:
-            nodes = sample_sites(poutine.trace(model).get_trace(*args, **kwargs))
+        try:
+            with explained("model", args, kwargs), replay:
+                nodes = sample_sites(poutine.trace(model).get_trace(*args, **kwargs))
+        except ModelError:
+            if guide is not None:
+                _check_event_shapes(sample_sites(poutine.trace(model).get_trace(*args, **kwargs)), guide_nodes)
+            raise
     return nodes, guide_nodes
+
+
+def _check_event_shapes(nodes: Nodes, guide_nodes: Nodes) -> None:
+    """Tell a model that fails on the guide's values for their shape from one that fails by itself."""
+    for name in nodes.keys() & guide_nodes.keys():
+        check_event_shape(name, nodes[name]["fn"], guide_nodes[name]["fn"])
+
+
+def check_event_shape(name: str, p: "SiteDistribution | Site", q: SiteDistribution) -> None:
+    """Refuse a guide's distribution whose event shape is not the model's.
+
+    Raises:
+        GuideError: Naming the site and both shapes.
+    """
+    if tuple(q.event_shape) != tuple(p.event_shape):
+        raise GuideError(
+            f"Site {name!r} has event shape {list(q.event_shape)} in the guide and {list(p.event_shape)} in the model. Give the "
+            f"guide's distribution the model's event shape, with .to_event(...) where needed.",
+            site=name,
+        )
 
 
 def _find_data_frame(nodes: Nodes, data_plate: str | None, rows: int | None) -> CondIndepStackFrame | None:
@@ -225,6 +252,7 @@ def _read_site(node: dict[str, Any], frame: CondIndepStackFrame | None, nodes: N
         event_shape=tuple(fn.event_shape),
         batch_shape=tuple(fn.batch_shape),
         plates=tuple(item.name for item in stack),
+        plate_dims=tuple(item.dim for item in stack if item.dim is not None),
         family=_family(fn),
     )
 
@@ -268,6 +296,8 @@ def _check_density(site: Site, node: dict[str, Any]) -> None:
     try:
         log_prob = node["fn"].log_prob(value)
     except ValueError as error:
+        if not node["is_observed"]:
+            return  # the guide's value: whether it fits is told when the two are compared
         raise DataError(
             f"The value at site {site.name!r} does not fit its distribution {site.family}: {error}. Change the data or the "
             f"likelihood (grey levels under a Bernoulli need validate_args=False).",

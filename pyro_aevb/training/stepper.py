@@ -73,7 +73,7 @@ class Stepper:
             objective.set_step(self.num_steps)
         buffers = [buffer.clone() for buffer in self.buffers]
         with explained("program", batch.args, batch.kwargs):
-            loss, bound = self.wrapped(self.fabric.to_device(batch))
+            loss, bound = self.wrapped(self._on_device(batch))
         self.optimizer.zero_grad()
         is_finite = bool(torch.isfinite(loss))
         if is_finite:
@@ -89,6 +89,12 @@ class Stepper:
         self.num_steps += 1
         self._skipped_in_a_row = 0
         return float(bound)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """Move a batch, unless it is where the parameters are (Fabric looks through every collection for it)."""
+        device = self.parameters[0].device
+        tensors = [item for item in (*batch.args, *batch.kwargs.values()) if isinstance(item, Tensor)]
+        return batch if all(item.device == device for item in tensors) else self.fabric.to_device(batch)
 
     def _clip(self) -> bool:
         """Clip the gradient and tell whether it is finite."""

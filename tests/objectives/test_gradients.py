@@ -460,9 +460,6 @@ class Flow(nn.Module):
 FLOW_X = torch.tensor([[0.3, 1.0], [-0.5, 0.2]], dtype=torch.float64)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a flow is weighed outside the block in which the guide's parameters are detached"
-)
 def test_dreg_gradient_of_a_flow_has_the_expectation_of_the_total_derivative() -> None:
     program = Flow()
     dreg, total = (
@@ -471,9 +468,6 @@ def test_dreg_gradient_of_a_flow_has_the_expectation_of_the_total_derivative() -
     assert standard_errors(dreg - total, torch.zeros(())).max() < 5
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a flow is weighed outside the block in which the guide's parameters are detached"
-)
 def test_stl_gradient_of_a_flow_drops_the_score() -> None:
     """The total derivative less the path derivative is minus the score of q, taken here by hand."""
     program = Flow()

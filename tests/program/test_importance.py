@@ -180,7 +180,7 @@ def test_a_draw_weighed_once_more_has_the_same_density(axes, is_detached):
     noisy, x = Noisy(), torch.randn(20)
     program = ImportanceProgram(two_latents, noisy, (x,), {})
     program.axes(2, 3)
-    draw = program.sample_guide((x,), {}, axes)
+    draw = program.sample_guide((x,), {}, axes, keeps_noise=True)
     state = torch.get_rng_state()
     values = {name: site.value for name, site in draw.items()}
     again = program.rescore_guide((x,), {}, axes, values, is_detached=is_detached)

@@ -28,7 +28,7 @@ from pyro_aevb import SGVB
 from pyro_aevb.errors import AEVBWarning, ParameterError
 from pyro_aevb.program.parameters import (
     Program,
-    detached_parameters,
+    detaching,
     evaluating,
     preserved_buffers,
     preserved_state,
@@ -508,6 +508,16 @@ def test_an_automatic_guide_keeps_its_model():
 
 
 # Detached parameters
+
+
+def detached_parameters(program):
+    """A program that runs with its parameters detached."""
+
+    def run(*args):
+        with detaching(find_modules(program)):
+            return program(*args)
+
+    return run
 
 
 @every_guide
