@@ -4,6 +4,9 @@ Every message says what was expected, what came (value, shape, site) and what to
 :class:`AEVBError`; those that replace a builtin error derive from that builtin too, so ``except ValueError`` keeps working.
 """
 
+import sys
+import warnings
+
 __all__ = [
     "AEVBError",
     "AEVBWarning",
@@ -17,6 +20,7 @@ __all__ = [
     "SettingError",
     "StagingWarning",
     "UnreliableWarning",
+    "warn_user",
 ]
 
 
@@ -85,3 +89,14 @@ class StagingWarning(AEVBWarning):
 
 class UnreliableWarning(AEVBWarning):
     """A number was computed but should not be trusted; the result object says why."""
+
+
+_LIBRARIES = ("pyro_aevb", "torch", "pyro", "lightning_fabric", "contextlib", "functools", "jaxtyping")
+
+
+def warn_user(message: str, category: type[AEVBWarning]) -> None:
+    """Warn at the line that led here from outside this package and the libraries that it runs on."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -223,6 +223,12 @@ GUIDES = {
         fitting(), GuideError, "'x'.*observed in the model", guide=lambda: Guide(sites=("z", "x"))
     ),
     "support outside the model's": Case(
+        fitting(),
+        GuideError,
+        "'z'.*outside the model's",
+        lambda: Model(lambda: dist.Exponential(torch.ones(2)).to_event(1)),
+    ),
+    "support outside the model's, new rows": Case(
         drawing(),
         GuideError,
         "'z'.*outside the model's",
@@ -236,6 +242,12 @@ GUIDES = {
         lambda: Guide(lambda loc, scale: dist.VonMises(loc.tanh(), scale).to_event(1)),
     ),
     "another event shape": Case(
+        fitting(),
+        GuideError,
+        r"'z' has event shape \[\] in the guide and \[2\]",
+        guide=lambda: Guide(lambda loc, scale: dist.Normal(loc[:, 0], 1.0)),
+    ),
+    "another event shape, new rows": Case(
         drawing(),
         GuideError,
         r"'z' has event shape \[\] in the guide and \[2\]",

@@ -89,7 +89,7 @@ def log_marginal(
     with inferring(seed, model, guide):
         rows = Rows(model, guide, batch, covariates, data_plate)
         result = _Importance(rows, num_global_samples, num_samples).run(chunk_size, progress=progress)
-    result.warn_if_unreliable(stacklevel=3)
+    result.warn_if_unreliable()
     return result
 
 

@@ -7,7 +7,6 @@ r"""What an estimator of log p(x) returns: never a bare number, but a direction,
 
 import html
 import math
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pyro_aevb._types import LocalWeights, PerRow
-from pyro_aevb.errors import DataError, SettingError, UnreliableWarning
+from pyro_aevb.errors import DataError, SettingError, UnreliableWarning, warn_user
 from pyro_aevb.evidence.pareto import pareto_k_hat
 
 if TYPE_CHECKING:
@@ -182,23 +181,19 @@ class LogMarginal:
             worst=self._worst(math.ceil(0.05 * len(self))),
         )
 
-    def warn_if_unreliable(self, *, stacklevel: int = 2) -> None:
+    def warn_if_unreliable(self) -> None:
         """Warn once, with the counts, if any row is unreliable.
-
-        Args:
-            stacklevel: As for :func:`warnings.warn`: 2 points at the caller, 3 at the caller's caller.
 
         Warns:
             UnreliableWarning: If at least one row has status ``unreliable``.
         """
         count = Counter(self.status)
         if count[Status.UNRELIABLE]:
-            warnings.warn(
+            warn_user(
                 f"{self.label} by {self.method}: {count[Status.UNRELIABLE]} of {len(self)} rows are unreliable and "
                 f"{count[Status.WARN]} more doubtful; `.status` and `.k_hat` say which. More samples help little where "
                 "k-hat > 0.7: use a better guide or another method.",
                 UnreliableWarning,
-                stacklevel=stacklevel,
             )
 
     def to_pandas(self) -> "pandas.DataFrame":

@@ -1,6 +1,5 @@
 """A model, its guide and a batch become terms: the one place where log p and log q of a site meet."""
 
-import warnings
 from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
-from pyro_aevb.errors import AEVBError, NonFiniteError, ParticleWarning
+from pyro_aevb.errors import AEVBError, NonFiniteError, ParticleWarning, warn_user
 from pyro_aevb.program.agreement import check_guide, check_masks
 from pyro_aevb.program.dependencies import prior_parents
 from pyro_aevb.program.divergence import closed_form_kl
@@ -222,11 +221,10 @@ class ImportanceProgram:
 
 
 def _warn_loop(reason: str) -> None:
-    warnings.warn(
+    warn_user(
         f"Particles run one by one, because model or guide does not broadcast over particle axes: {reason}. The numbers are the "
         f"same, the time grows with the number of particles. Index from the right (dim=-1, x[..., 0]) to vectorize.",
         ParticleWarning,
-        stacklevel=5,
     )
 
 

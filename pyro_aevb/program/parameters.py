@@ -24,7 +24,7 @@ from torch.distributions import constraints, transform_to
 from torch.nn.parameter import is_lazy
 
 from pyro_aevb._types import PyroProgram
-from pyro_aevb.errors import AEVBWarning, ParameterError
+from pyro_aevb.errors import AEVBWarning, ParameterError, warn_user
 from pyro_aevb.program.reach import code_names, find_modules, modules_below
 from pyro_aevb.randomness import preserved_rng
 
@@ -347,9 +347,8 @@ class Program(nn.Module):
             store.setdefault(name, value.clone(), self._constraints[name])
             _OWNERS[name] = self
         if kept:
-            warnings.warn(
+            warn_user(
                 f"The global param store already holds {kept} of something else, and keeps it. The trained values are in this "
                 f"program: read them with pyro_params(), or clear the store before fitting.",
                 AEVBWarning,
-                stacklevel=3,
             )

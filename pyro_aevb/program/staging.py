@@ -5,7 +5,6 @@ wrong (custom backward, tensor hooks, numbers that change) is caught by the gate
 must agree in the loss and in every gradient, else the eager module is used, with a warning that says why.
 """
 
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from pyro_aevb._types import PyroProgram
-from pyro_aevb.errors import ParameterError, StagingWarning
+from pyro_aevb.errors import ParameterError, StagingWarning, warn_user
 from pyro_aevb.program.batch import batch_rows
 from pyro_aevb.program.parameters import Program, preserved_state
 from pyro_aevb.program.scaling import DataPlateScale
@@ -180,9 +179,7 @@ def record(module: nn.Module, *inputs: Tensor) -> nn.Module:
 
 
 def _eager(module: nn.Module, reason: str) -> nn.Module:
-    warnings.warn(
-        f"The program runs eagerly: {reason}. The numbers are the same, steps are slower.", StagingWarning, stacklevel=4
-    )
+    warn_user(f"The program runs eagerly: {reason}. The numbers are the same, steps are slower.", StagingWarning)
     return module
 
 

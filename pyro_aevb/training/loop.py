@@ -1,7 +1,6 @@
 """Fit model and guide to data: Algorithm 1 of arXiv 1312.6114 on Lightning Fabric's devices."""
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from pyro_aevb._types import PyroProgram
-from pyro_aevb.errors import AEVBWarning, SettingError
+from pyro_aevb.errors import AEVBWarning, SettingError, warn_user
 from pyro_aevb.program.settings import check_count, check_settings
 from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.randomness import seeded
@@ -351,9 +350,8 @@ class _Loop:
         self.result.seconds_per_step = self._seconds / max(1, self.stepper.num_steps + self.stepper.num_skipped)
         self.module.program.write_param_store()
         if self.result.num_skipped:
-            warnings.warn(
+            warn_user(
                 f"{self.result.num_skipped} of {self.stepper.num_steps + self.stepper.num_skipped} steps were skipped because the "
                 f"loss or its gradient was not finite.",
                 AEVBWarning,
-                stacklevel=5,
             )
