@@ -1,12 +1,19 @@
 """Closed-form KL divergence between the guide's and the model's distribution at a site."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxtyping import Float
 from pyro.distributions import Delta, MaskedDistribution
 from torch import Tensor, nn
-from torch.distributions import Independent, Transform, TransformedDistribution, constraints, kl_divergence
+from torch.distributions import (
+    ComposeTransform,
+    Independent,
+    Transform,
+    TransformedDistribution,
+    constraints,
+    kl_divergence,
+)
 from torch.distributions.constraints import Constraint
 from torch.distributions.utils import _sum_rightmost
 
@@ -114,11 +121,20 @@ def _is_generic(fn: SiteDistribution) -> bool:
 def _stages(fn: TransformedDistribution) -> Iterator[tuple[Transform, bool]]:
     """Yield each transform and whether it acts on its whole domain."""
     support: Any = fn.base_dist.support
-    for transform in fn.transforms:
+    for transform in _parts(fn.transforms):
         is_whole = type(elementwise(support)) is type(elementwise(transform.domain))
         yield transform, is_whole
         # the image of a part is a part of what follows, whatever its name
         support = transform.codomain if is_whole else constraints.dependent
+
+
+def _parts(transforms: Iterable[Transform]) -> Iterator[Transform]:
+    """Yield the steps of composed transforms, whose codomain torch takes to be the last step's."""
+    for transform in transforms:
+        if isinstance(transform, ComposeTransform):
+            yield from _parts(transform.parts)
+        else:
+            yield transform
 
 
 def elementwise(support: Constraint) -> Constraint:

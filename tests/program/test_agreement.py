@@ -9,8 +9,9 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions import transforms
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal, AutoNormalMessenger
 from torch import Tensor, nn
+from torch.distributions import biject_to
 
 from pyro_aevb.errors import AEVBError, GuideError, ModelError
 from pyro_aevb.objectives.base import Objective
@@ -391,3 +392,21 @@ def test_an_event_shape_that_the_model_survives_is_refused_too() -> None:
 
     with pytest.raises(AEVBError, match="z"):
         SGVB().bounds(model, guide, X)
+
+
+def test_a_normal_transformed_to_a_composed_support_lies_inside_it():
+    """``biject_to`` composes two steps for the support of a Gamma, and torch calls the last step's codomain the support."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(2.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(len(x)), 1.0)
+            pyro.sample("z", dist.TransformedDistribution(base, biject_to(dist.Gamma(2.0, 1.0).support)))
+
+    x = torch.ones(3)
+    assert torch.isfinite(SGVB().bounds(model, guide, x).local).all()
+    assert torch.isfinite(SGVB().bounds(model, AutoNormalMessenger(model), x).local).all()
