@@ -38,6 +38,11 @@ def test_the_closed_forms_are_reached(bench: ModuleType) -> None:
     assert all(row.is_met for row in bars)
 
 
+@pytest.mark.slow
+def test_the_closed_forms_are_reached_in_full(bench: ModuleType) -> None:
+    assert bench.COMPARISONS["linear_gaussian"](quick=False).missed == []
+
+
 def test_every_comparison_has_the_same_parts(bench: ModuleType) -> None:
     for name, run in bench.COMPARISONS.items():
         comparison = module(name)

@@ -307,3 +307,13 @@ def test_every_public_name_is_found():
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = pyro_aevb.nothing
+
+
+@pytest.mark.slow
+def test_the_demo_as_it_comes_learns_the_digits(tmp_path):
+    """Ten latents tell more than two, and the bound on unseen digits is still rising after a quarter of the run."""
+    large, small = job.run("digits", tmp_path, progress=False).trials
+    assert small.elbo < large.elbo < large.importance_weighted
+    assert large.elbo > -24.5
+    history = [record["validation_bound"] for record in large.fit.history]
+    assert history[-1] > history[len(history) // 4] > history[0]
