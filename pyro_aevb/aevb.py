@@ -20,7 +20,7 @@ from pyro_aevb.program.settings import check_covariates, check_settings
 from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.randomness import seeded
 from pyro_aevb.training.checkpoint import describe, read_header, restore, save
-from pyro_aevb.training.data import Batch, as_batch, as_source
+from pyro_aevb.training.data import Batch, as_batch
 from pyro_aevb.training.loop import FitResult, fit_module
 from pyro_aevb.training.preparation import build
 from pyro_aevb.training.stepper import Stepper, default_optimizer
@@ -128,8 +128,9 @@ class AEVB:
         """
         check_settings(settings, fit_module)
         self._module.num_data = self.num_data
-        self._keep_template(as_source(data, settings.get("batch_size")).first())
         self.result = fit_module(self._module, data, **settings)
+        if self._module.example is not None:
+            self._keep_template(Batch(self._module.example[0], dict(self._module.example[1])))
         return self.result
 
     def partial_fit(

@@ -19,6 +19,7 @@ from torch.distributions import (
     MultivariateNormal,
     StudentT,
     TransformedDistribution,
+    constraints,
 )
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
@@ -250,7 +251,7 @@ def _median(fn: SiteDistribution) -> Tensor:
         return fn.loc
     if isinstance(fn, Independent) or type(fn).__name__ in ("MaskedDistribution", "ExpandedDistribution"):
         return _median(fn.base_dist).expand(shape)
-    if isinstance(fn, TransformedDistribution):
+    if isinstance(fn, TransformedDistribution) and all(transform.bijective for transform in fn.transforms):
         value = _median(fn.base_dist)
         for transform in fn.transforms:
             value = transform(value)
@@ -258,9 +259,9 @@ def _median(fn: SiteDistribution) -> Tensor:
     try:
         return fn.icdf(torch.tensor(0.5)).expand(shape)
     except NotImplementedError:
-        return (
-            fn.sample((101,)).contiguous().median(0).values
-        )  # torch reads an expanded tensor's median off wrong memory
+        # torch reads an expanded tensor's median off wrong memory
+        value = fn.sample((101,)).contiguous().median(0).values
+        return value / value.sum(-1, keepdim=True) if fn.support is constraints.simplex else value
 
 
 class _Means(Messenger):
@@ -278,4 +279,5 @@ class _Means(Messenger):
             mean = fn.mean
         except NotImplementedError:
             return
-        message["value"], message["done"] = mean, True
+        if not mean.isnan().any():  # torch's way to say that a family, such as Categorical, has none
+            message["value"], message["done"] = mean, True

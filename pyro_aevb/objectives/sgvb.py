@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram
-from pyro_aevb.errors import GuideError, SettingError
+from pyro_aevb.errors import GuideError, ModelError, SettingError
 from pyro_aevb.objectives.base import Evaluation, Objective, check_choice, check_estimator, with_value
 from pyro_aevb.program.importance import ImportanceProgram
 from pyro_aevb.program.particles import Records
@@ -145,6 +145,8 @@ class SGVB(Objective):
 
     def _prepare(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> None:
         check_estimator(self.gradient, program, args, kwargs)
+        if self.gradient == "score":
+            _check_separate_costs(program, args, kwargs)
         self._plan = _plan_kl(program, args, kwargs, self.kl, self.gradient)
         if self.free_bits and any(site.is_auxiliary for site in program.guide_sites.values()):
             raise GuideError(
@@ -226,6 +228,20 @@ def _bounds(terms: Terms, negative_kls: list[Tensor]) -> Bounds:
     local = terms.sum_local([part for is_local, part in parts if is_local])
     global_ = terms.sum_global([part for is_local, part in parts if not is_local])
     return Bounds(local.mean((0, 1)), global_.mean(), terms.scale)
+
+
+def _check_separate_costs(program: ImportanceProgram, args: Args, kwargs: Kwargs) -> None:
+    """Refuse sites outside the data plate that depend on rows: the cost of a row would not be its own."""
+    parents = program.parents(args, kwargs)
+    structure = program.structure
+    local = {site.name for site in structure.select("latent", is_local=True)}
+    for name, site in structure.sites.items():
+        if not site.is_local and parents.get(name, frozenset()) & local:
+            raise ModelError(
+                f"Site {name!r} lies outside the data plate but depends on latents inside it, so rows have no cost of their own, "
+                f"which gradient='score' multiplies a row's score by. Use gradient='reparam' or 'stl'.",
+                site=name,
+            )
 
 
 def _plan_kl(program: ImportanceProgram, args: Args, kwargs: Kwargs, kl: KLName, gradient: Gradient) -> KLPlan:

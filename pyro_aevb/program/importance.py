@@ -97,10 +97,14 @@ class ImportanceProgram:
             keeps_noise: Whether :meth:`rescore_guide` will weigh this draw again and needs its noise.
         """
         if not values:
-            self._indices = SharedIndices()
+            self.forget_indices()
         if keeps_noise:
             self._noise = random_state()
         return self._of_guide(self._run(self.guide, args, kwargs, axes, values or {}))
+
+    def forget_indices(self) -> None:
+        """Let subsampling plates draw their rows anew."""
+        self._indices = SharedIndices()
 
     def rescore_guide(
         self, args: Args, kwargs: Kwargs, axes: ParticleAxes, values: Values, *, is_detached: bool = True

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakValueDictionary, ref
+from weakref import ref
 
 import pyro
 import torch
@@ -203,8 +203,8 @@ def _unescape(key: str) -> str:
 _SERVING: ContextVar["Program | None"] = ContextVar("serving", default=None)
 """The program whose parameters are being served."""
 
-_OWNERS: "WeakValueDictionary[str, Program]" = WeakValueDictionary()
-"""Which living program wrote which name of the global param store."""
+_WRITTEN: dict[str, tuple[ref["Program"], ref[Tensor]]] = {}
+"""Names of the global param store that programs wrote: which program, and which unconstrained tensor."""
 
 
 class Program(nn.Module):
@@ -331,6 +331,16 @@ class Program(nn.Module):
         """Return the values of ``pyro.param`` statements on unconstrained space, detached."""
         return {_unescape(key): parameter.detach() for key, parameter in self.parameters_by_name.items()}
 
+    def _may_overwrite(self, name: str) -> bool:
+        """Tell whether a name of the global store is ours: written by a program that is gone, or has our model and guide."""
+        if name not in _WRITTEN:
+            return False
+        program, tensor = _WRITTEN[name][0](), _WRITTEN[name][1]()
+        value: Any = pyro.get_param_store()[name]
+        if tensor is None or value.unconstrained() is not tensor:
+            return False  # somebody else has put another value there since
+        return program is None or (program.model, program.guide) == (self.model, self.guide)
+
     def write_param_store(self) -> None:
         """Write the values of ``pyro.param`` statements to the global store under the user's names.
 
@@ -339,16 +349,16 @@ class Program(nn.Module):
         store = pyro.get_param_store()
         kept = []
         for name, value in self.pyro_params().items():
-            if name in store and _OWNERS.get(name) is not self:
-                kept.append(name)
-                continue
             if name in store:
+                if not self._may_overwrite(name):
+                    kept.append(name)
+                    continue
                 del store[name]
-            store.setdefault(name, value.clone(), self._constraints[name])
-            _OWNERS[name] = self
+            written: Any = store.setdefault(name, value.clone(), self._constraints[name])
+            _WRITTEN[name] = (ref(self), ref(written.unconstrained()))
         if kept:
             warn_user(
-                f"The global param store already holds {kept} of something else, and keeps it. The trained values are in this "
-                f"program: read them with pyro_params(), or clear the store before fitting.",
+                f"The global param store already holds {kept} of something else, and keeps it. Read the trained values with "
+                f"result.module.program.pyro_params(), or clear the store before fitting.",
                 AEVBWarning,
             )

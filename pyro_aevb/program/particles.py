@@ -33,8 +33,8 @@ __all__ = ["ParticleAxes", "Records", "SiteRecord", "as_draws", "run_program"]
 
 
 _NOT_GLOBAL = (
-    "Site {name!r} lies outside the data plate but depends on latents inside it, so rows have no weights of their own. Use SGVB, "
-    "or data_plate=None."
+    "Site {name!r} lies outside the data plate but depends on latents inside it, so rows have no weights of their own. Use SGVB "
+    "with num_particles=1, or data_plate=None."
 )
 
 

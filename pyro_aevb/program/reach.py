@@ -79,10 +79,10 @@ def _is_filled(cell: types.CellType) -> bool:
         return False
 
 
-def code_names(code: types.CodeType) -> set[str]:
-    """Return the names that code reads, in nested functions too."""
+def code_names(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names that code reads, in nested functions too, in an order that is the same in every process."""
     nested = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(code.co_names).union(*(code_names(inner) for inner in nested))
+    return tuple(dict.fromkeys([*code.co_names, *(name for inner in nested for name in code_names(inner))]))
 
 
 def modules_below(roots: Iterable[nn.Module]) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
-from pyro_aevb.errors import DataError, ModelError, NonFiniteError
+from pyro_aevb.errors import AEVBError, DataError, ModelError, NonFiniteError
 from pyro_aevb.program.batch import batch_rows, explained, take_rows
 from pyro_aevb.program.importance import ImportanceProgram, find_non_finite
 from pyro_aevb.program.parameters import evaluating
@@ -129,6 +129,7 @@ class Rows:
     ) -> None:
         self.args, self.kwargs = args, kwargs
         self._drawn: int | None = None  # rows that the model draws by itself at each run
+        self._needs_all = False
         self._globals: Values = {}
         lengths = {name: len(item) for name, item in _data_tensors(args, kwargs).items()}
         if 0 in lengths.values():
@@ -159,7 +160,7 @@ class Rows:
             except (ModelError, RuntimeError):
                 raise error from None
             if not structure.draws_own_rows:
-                raise
+                return self._read_whole(model, guide, data_plate, error)
         if not structure.draws_own_rows:
             return program
         self._drawn = structure.rows
@@ -170,6 +171,17 @@ class Rows:
                 f"be run. Size the plate by the batch: "
                 f"pyro.plate({structure.data_plate!r}, len(x), subsample_size={self._drawn})."
             )
+        return program
+
+    def _read_whole(
+        self, model: PyroProgram, guide: PyroProgram, data_plate: str | None, error: ModelError
+    ) -> ImportanceProgram:
+        """Read a guide that holds parameters of each row, as Pyro's automatic ones do, on all rows or not at all."""
+        try:
+            program = ImportanceProgram(model, guide, self.args, self.kwargs, data_plate=data_plate)
+        except (AEVBError, RuntimeError):
+            raise error from None
+        self._needs_all = True
         return program
 
     def _first(self, count: int) -> tuple[Args, Kwargs]:
@@ -190,6 +202,8 @@ class Rows:
             yield self.args, self.kwargs, self.structure.rows
             return
         size = self._drawn or chunk_size or max(1, CHUNK_DRAWS // draws_per_row)
+        if self._needs_all:
+            size = self.count
         if self.structure.full_size > self.structure.rows:
             size = min(size, self.structure.full_size)
         with tqdm(total=self.count, disable=not progress, unit="row", dynamic_ncols=True) as bar:
@@ -203,6 +217,7 @@ class Rows:
 
     def sample_guide(self, args: Args, kwargs: Kwargs, axes: ParticleAxes) -> Records:
         """Draw from the guide; every chunk of rows keeps the globals that the first one drew."""
+        self.program.forget_indices()  # another chunk has other rows
         records = self.program.sample_guide(args, kwargs, axes, values=self._globals)
         if not self._globals:
             self._globals = {name: site.value for name, site in records.items() if not site.is_local}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Independent, constraints, transform_to
 
 from pyro_aevb._types import Values
+from pyro_aevb.errors import GuideError
 
 __all__ = ["Nodes", "ReplayValues", "SharedIndices", "SpentNoise", "sample_sites", "unmasked_value", "value_mask"]
 
@@ -44,13 +45,26 @@ class SharedIndices(Messenger):
         self.indices: Values = {}
 
     def _pyro_sample(self, message: Message) -> None:
-        if _draws_indices(message) and message["name"] in self.indices:
-            message["value"] = self.indices[message["name"]]
-            message["done"] = True
+        own = message["value"]
+        if message["name"] not in self.indices or not (
+            _draws_indices(message) or (_is_plate(message) and own is not None)
+        ):
+            return
+        shared = self.indices[message["name"]]
+        if own is not None and not torch.compiler.is_compiling() and not torch.equal(own, shared):
+            raise GuideError(
+                f"The model's plate {message['name']!r} has subsample={own.tolist()[:5]}... but the guide's plate drew "
+                f"{shared.tolist()[:5]}..., so latents and data of different rows would meet. Give the guide's plate the same "
+                f"subsample=.",
+                site=message["name"],
+            )
+        message["value"] = shared
+        message["done"] = True
 
     def _pyro_post_sample(self, message: Message) -> None:
         name, index = message["name"], message["value"]
-        if _draws_indices(message) and name is not None and index is not None:
+        fn: Any = message["fn"]
+        if _is_plate(message) and name is not None and index is not None and len(index) < fn.size:
             self.indices[name] = index
 
 
@@ -63,10 +77,15 @@ class SpentNoise(Messenger):
                 message["fn"]()
 
 
+def _is_plate(message: Message) -> bool:
+    """Tell whether a message is a plate's choice of its indices."""
+    return type(message["fn"]).__name__ == "_Subsample"
+
+
 def _draws_indices(message: Message) -> bool:
-    """Tell whether a message is a plate's choice of some of its indices."""
+    """Tell whether a plate chooses some of its indices by itself."""
     fn: Any = message["fn"]
-    return type(fn).__name__ == "_Subsample" and fn.subsample_size is not None and fn.subsample_size < fn.size
+    return _is_plate(message) and fn.subsample_size is not None and fn.subsample_size < fn.size
 
 
 def sample_sites(trace: Trace) -> Nodes:

@@ -13,7 +13,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyro_aevb._types import PyroProgram
+from pyro_aevb._types import Args, Kwargs, PyroProgram
 from pyro_aevb.errors import ParameterError, StagingWarning, warn_user
 from pyro_aevb.program.batch import batch_rows
 from pyro_aevb.program.parameters import Program, preserved_state
@@ -50,11 +50,13 @@ class ObjectiveModule(nn.Module):
         super().__init__()
         self.program = Program(model, guide)
         self.objective: Any = objective
-        self.register_state_dict_pre_hook(lambda *_: self._check_built())
+        # a hook that held this module would keep it alive in a cycle
+        self.register_state_dict_pre_hook(lambda module, *_: module._check_built())
         self.objective_state = getattr(objective, "state", nn.Module())
         self.num_data = num_data
         self.data_plate = data_plate
         self.structure: Structure | None = None
+        self.example: tuple[Args, Kwargs] | None = None
 
     @property
     def model(self) -> PyroProgram:
@@ -68,6 +70,7 @@ class ObjectiveModule(nn.Module):
 
     def build(self, *args: Any, **kwargs: Any) -> "ObjectiveModule":
         """Make every parameter and read the model's structure from a batch; random state stays as it was."""
+        self.example = (args, kwargs)
         with self.program.building():
             self.structure = read_structure(self.model, args, kwargs, guide=self.guide, data_plate=self.data_plate)
         return self
@@ -94,12 +97,17 @@ class ObjectiveModule(nn.Module):
         return loss, bounds.total / (bounds.scale * max(rows, 1))
 
     def held_out_bound(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the bound of rows that are not trained on, in nats per row: without the globals' part."""
+        """Return the bound of rows that are not trained on, in nats per row.
+
+        The globals' part is left out, but for Pyro's own losses, which do not tell it from the rows'.
+        """
         evaluate = getattr(self.objective, "evaluate", None)
         if evaluate is None:
             with self.program.running():
                 loss = self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
-            return -loss / self._rows(args, kwargs)
+            structure = self.structure
+            is_sized = structure is not None and structure.full_size != structure.rows
+            return -loss / (structure.full_size if structure is not None and is_sized else self._rows(args, kwargs))
         with self.running():
             return evaluate(self.model, self.guide, *args, **kwargs).bounds.local.mean()
 

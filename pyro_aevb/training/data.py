@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,7 +88,9 @@ class TensorSource(BatchSource):
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """Yield the batches of one epoch, shuffled if there is a generator."""
-        order = None if generator is None else torch.randperm(self.num_rows, generator=generator)
+        # the order of all rows at once means nothing to a bound, and much to a guide with parameters of each row
+        is_shuffled = generator is not None and self.batch_size < self.num_rows
+        order = torch.randperm(self.num_rows, generator=generator) if is_shuffled else None
         for start in range(0, self.num_rows, self.batch_size):
             rows = slice(start, start + self.batch_size)
             yield self._take(rows if order is None else order[rows])
@@ -112,18 +115,23 @@ class LoaderSource(BatchSource):
         self.is_given = isinstance(data, DataLoader)
         if self.is_given and batch_size is not None:
             raise SettingError(f"A DataLoader has its own batch size; leave batch_size={batch_size} out.")
-        dataset = data.dataset if isinstance(data, DataLoader) else data
+        dataset = _dataset(data)
         is_stream = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
-        self.num_rows = None if is_stream else len(dataset)  # type: ignore[arg-type]
+        self.num_rows = None if is_stream else _count_rows(data)
         if self.num_rows == 0:
             raise DataError("The data are empty: expected at least one row.")
         self.data = data
         self.is_stream = is_stream
+        self._resumed: Iterator[Batch] | None = None
         rows = self.num_rows if self.num_rows is not None else batch_size or DEFAULT_BATCH_SIZE
         self.batch_size = data.batch_size if isinstance(data, DataLoader) else _check_batch_size(batch_size, rows)
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """Yield the batches of one epoch; a given loader keeps its own order."""
+        """Yield the batches of one epoch; a given loader keeps its own order, and a stream begins where it was left."""
+        if self._resumed is not None:
+            resumed, self._resumed = self._resumed, None
+            yield from resumed
+            return
         loader: DataLoader[Any] | Dataset[Any] = self.data
         if not isinstance(loader, DataLoader):
             shuffle = generator is not None and not self.is_stream
@@ -131,11 +139,32 @@ class LoaderSource(BatchSource):
         for item in loader:
             yield as_batch(item)
 
+    def first(self) -> Batch:
+        """Return the first batch, in the given order; a stream, which may not begin anew, yields it again later."""
+        if not self.is_stream:
+            return super().first()
+        passing = self.batches()
+        batch = next(passing, None)
+        if batch is None or batch.rows == 0:
+            raise DataError("The data are empty: expected at least one row.")
+        self._resumed = chain([batch], passing)
+        return batch
+
     def num_batches(self) -> int | None:
         """Number of batches in an epoch; ``None`` for a stream."""
         if isinstance(self.data, DataLoader) and not self.is_stream:
             return len(self.data)
         return None if self.num_rows is None or self.batch_size is None else -(-self.num_rows // self.batch_size)
+
+
+def _count_rows(data: Any) -> int:
+    """Return the rows of one epoch: those that a loader's sampler gives, where it has one."""
+    sampler: Any = data.sampler if isinstance(data, DataLoader) and data.batch_size is not None else _dataset(data)
+    return len(sampler)
+
+
+def _dataset(data: Any) -> Any:
+    return data.dataset if isinstance(data, DataLoader) else data
 
 
 def as_source(data: Any, batch_size: int | None = None) -> BatchSource:

@@ -43,6 +43,7 @@ class FitResult:
         stopped_by: ``"epochs"``, ``"patience"``, ``"callback"`` or ``"interrupt"``.
         best_epoch: Epoch of the best validation bound, whose state was restored if ``patience`` was given.
         seconds_per_step: Mean wall-clock time of a step, validation left out.
+        module: Model, guide and objective with their parameters.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -51,6 +52,7 @@ class FitResult:
     stopped_by: str = "epochs"
     best_epoch: int | None = None
     seconds_per_step: float = float("nan")
+    module: ObjectiveModule | None = None
 
     def to_pandas(self) -> "pd.DataFrame":
         """Return the history as a data frame, one row per epoch."""
@@ -249,7 +251,7 @@ class _Loop:
         self.source = source
         self.validation = validation
         self.schedule: LRScheduler | None = None
-        self.result = FitResult()
+        self.result = FitResult(module=module)
         self._keeps_best = False
         self._best_bound = float("-inf")
         self._best_state: dict[str, Tensor] | None = None

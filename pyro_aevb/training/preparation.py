@@ -1,13 +1,17 @@
 """A module and its data are made ready for each other before the first step."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
+from pyro.infer.autoguide.effect import AutoMessenger
 
-from pyro_aevb.errors import AEVBError, DataError, SettingError
+from pyro_aevb.errors import AEVBError, DataError, GuideError, SettingError
 from pyro_aevb.program.batch import explained
 from pyro_aevb.program.rows import check_finite, located
 from pyro_aevb.program.staging import ObjectiveModule
+from pyro_aevb.program.structure import Structure
 from pyro_aevb.training.data import Batch, BatchSource
 
 __all__ = ["build", "prepare"]
@@ -42,8 +46,10 @@ def prepare(module: ObjectiveModule, source: BatchSource, batch_size: int | None
             f"The data plate {structure.data_plate!r} has {structure.rows} rows and the batch {batch.rows}. Size the plate by the "
             f"batch, pyro.plate({structure.data_plate!r}, len(x)), or name another plate with data_plate='...'."
         )
-    elif module.num_data is None:
-        module.num_data = _count_rows(module, source)
+    else:
+        _check_rows_of_guide(module, structure, source)
+        if module.num_data is None:
+            module.num_data = _count_rows(module, source)
     if whole is not None:
         with module.running():
             check_finite(module.model, module.guide, structure, *whole, rows_per_run=source.batch_size or 1)
@@ -73,6 +79,29 @@ def _build(module: ObjectiveModule, source: BatchSource, batch_size: int | None)
         except AEVBError:
             raise error from error.__cause__
     return batch
+
+
+def _check_rows_of_guide(module: ObjectiveModule, structure: Structure, source: BatchSource) -> None:
+    """Refuse batches for a guide with parameters of each row: they would belong to another row at every step."""
+    local = {site.name for site in structure.select("latent", is_local=True)}
+    sites = sorted(local & _sites_per_row(getattr(module.guide, "__self__", module.guide), structure))
+    if sites and (source.whole() is None or source.num_batches() != 1):
+        raise GuideError(
+            f"Pyro's automatic guide holds parameters of each row for sites {sites}, which batches would mix up. Give all rows at "
+            f"each step (a tensor, batch_size={source.num_rows}), or use a guide that computes them from the row.",
+            site=sites[0],
+        )
+
+
+def _sites_per_row(guide: Any, structure: Structure) -> set[str]:
+    """Return the sites whose parameters one of Pyro's automatic guides holds, rather than computes from the row."""
+    if isinstance(guide, AutoGuideList):
+        return set().union(*(_sites_per_row(part, structure) for part in guide))
+    if isinstance(guide, AutoMessenger):
+        return set() if structure.data_plate in guide.amortized_plates else set(structure.sites)
+    if isinstance(guide, AutoGuide) and not isinstance(guide, AutoCallable) and guide.prototype_trace is not None:
+        return set(guide.prototype_trace.stochastic_nodes)
+    return set()
 
 
 def _count_rows(module: ObjectiveModule, source: BatchSource) -> int | None:

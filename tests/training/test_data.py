@@ -98,9 +98,15 @@ def test_a_loader_keeps_its_own_batches_and_order(batch):
 
 def test_rows_are_shuffled_anew_in_each_epoch():
     for data in (X, TensorDataset(X)):
-        batches, _ = record(data, batch_size=10, num_epochs=2, seed=0)
-        assert not torch.equal(batches[0][0], X)
-        assert not torch.equal(batches[0][0], batches[1][0])
+        batches, _ = record(data, batch_size=5, num_epochs=2, seed=0)
+        first, second = (torch.cat([batches[i][0], batches[i + 1][0]]) for i in (0, 2))
+        assert not torch.equal(first, X)
+        assert not torch.equal(first, second)
+
+
+def test_all_rows_at_once_keep_their_order():
+    batches, _ = record(X, batch_size=10, num_epochs=2, seed=0)
+    assert all(torch.equal(x, X) for x, _ in batches)
 
 
 def test_bytes_stay_bytes_until_the_program_sees_them():
