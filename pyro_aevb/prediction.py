@@ -70,7 +70,7 @@ def posterior(
         GuideError: If the guide does not fit the model.
     """
     check_count("num_samples", num_samples)
-    check_count("chunk_size", chunk_size)
+    check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, posterior)
     with inferring(seed, model, guide):
         draw = _Draws(Rows(model, guide, batch, covariates, data_plate), num_samples)
@@ -96,7 +96,7 @@ def predict(
         ``{observed site: [num_samples, rows, ...]}``.
     """
     check_count("num_samples", num_samples)
-    check_count("chunk_size", chunk_size)
+    check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, predict)
     with inferring(seed, model, guide):
         draw = _Draws(Rows(model, guide, batch, covariates, data_plate), num_samples)
@@ -159,7 +159,7 @@ def simulate(
         SettingError: If ``num_rows`` is below 1 or has nothing to recycle, or a keyword is unknown.
         ModelError: If the model is not supported or fails on the template.
     """
-    check_count("num_rows", num_rows)
+    check_count("num_rows", num_rows, is_optional=True)
     check_covariates(covariates, simulate)
     if num_rows is not None:
         rows = batch_rows(template, covariates)

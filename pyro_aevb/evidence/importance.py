@@ -82,9 +82,9 @@ def log_marginal(
     """
     if method not in METHODS:
         raise SettingError(f"Unknown method {method!r}; known are {', '.join(map(repr, METHODS))}.")
-    counts = {"num_samples": num_samples, "num_global_samples": num_global_samples, "chunk_size": chunk_size}
-    for name, count in counts.items():
-        check_count(name, count)
+    check_count("num_samples", num_samples)
+    check_count("num_global_samples", num_global_samples)
+    check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, log_marginal)
     with inferring(seed, model, guide):
         rows = Rows(model, guide, batch, covariates, data_plate)

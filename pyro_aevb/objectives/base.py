@@ -16,10 +16,11 @@ from pyro_aevb.program.agreement import check_gradient, check_points
 from pyro_aevb.program.importance import ImportanceProgram
 from pyro_aevb.program.parameters import preserved_state
 from pyro_aevb.program.particles import ParticleAxes
+from pyro_aevb.program.settings import check_count
 from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.weights import Bounds
 
-__all__ = ["Evaluation", "Objective", "check_choice", "check_count", "check_estimator", "with_value"]
+__all__ = ["Evaluation", "Objective", "check_choice", "check_estimator", "with_value"]
 
 
 class Evaluation(NamedTuple):
@@ -161,12 +162,6 @@ def check_estimator(gradient: str, program: ImportanceProgram, args: Args, kwarg
     with preserved_state(program.modules):
         fixed = program.sample_guide(args, kwargs, ParticleAxes(), values=values)
     check_points(gradient, fixed)
-
-
-def check_count(name: str, count: int) -> None:
-    """Refuse a number of samples below 1."""
-    if not isinstance(count, int) or count < 1:
-        raise SettingError(f"{name} must be an integer of at least 1, got {count!r}.")
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

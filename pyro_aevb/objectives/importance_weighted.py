@@ -7,11 +7,12 @@ from torch import Tensor
 
 from pyro_aevb._types import Args, Kwargs
 from pyro_aevb.errors import SettingError
-from pyro_aevb.objectives.base import Evaluation, Objective, check_choice, check_count, check_estimator, with_value
+from pyro_aevb.objectives.base import Evaluation, Objective, check_choice, check_estimator, with_value
 from pyro_aevb.program.agreement import check_separable
 from pyro_aevb.program.importance import ImportanceProgram
 from pyro_aevb.program.parameters import preserved_buffers
 from pyro_aevb.program.particles import ParticleAxes, Records
+from pyro_aevb.program.settings import check_count
 from pyro_aevb.weights import Bounds, LogWeights, Terms
 
 __all__ = ["IWELBO"]

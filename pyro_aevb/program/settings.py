@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,9 @@ def check_covariates(covariates: Mapping[str, Any], function: Callable[..., Any]
     check_settings(settings, function, note)
 
 
-def check_count(name: str, count: int | None) -> None:
-    """Refuse a number below 1; ``None`` leaves the choice to the function."""
-    if count is not None and count < 1:
-        raise SettingError(f"{name} must be at least 1, got {count}.")
+def check_count(name: str, count: Any, *, is_optional: bool = False) -> None:
+    """Refuse what is no integer of at least 1; ``None`` leaves the choice to the function where it is optional."""
+    if count is None and is_optional:
+        return
+    if not isinstance(count, Integral) or count < 1:
+        raise SettingError(f"{name} must be an integer of at least 1, got {count!r}.")
