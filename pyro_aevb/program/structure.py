@@ -16,9 +16,26 @@ from pyro_aevb.program.parameters import preserved_state
 from pyro_aevb.program.reach import find_modules
 from pyro_aevb.program.sites import Nodes, ReplayValues, sample_sites, unmasked_value, value_mask
 
-__all__ = ["Site", "Structure", "check_event_shape", "read_structure"]
+__all__ = ["PlateFrame", "Site", "Structure", "check_event_shape", "read_structure"]
 
 Kind = Literal["latent", "observed", "factor", "imputed"]
+
+
+@dataclass(frozen=True)
+class PlateFrame:
+    """What one run of a model tells about a plate that a site lies in.
+
+    Attributes:
+        name: The plate.
+        dim: Its dimension, negative; ``None`` for a Python loop over its indices.
+        size: Its indices in the run.
+        full_size: Its indices in all; more than ``size`` where it subsamples.
+    """
+
+    name: str
+    dim: int | None
+    size: int
+    full_size: int
 
 
 @dataclass(frozen=True)
@@ -32,8 +49,7 @@ class Site:
         support: The support of its distribution.
         event_shape: Shape of one event.
         batch_shape: Shape of its plates, the data plate included, in a run without particles.
-        plates: Names of its plates, outermost first.
-        plate_dims: Their dimensions, negative, in the same order.
+        frames: Its plates, outermost first.
         family: Name of its distribution.
     """
 
@@ -43,9 +59,18 @@ class Site:
     support: constraints.Constraint
     event_shape: tuple[int, ...]
     batch_shape: tuple[int, ...]
-    plates: tuple[str, ...]
-    plate_dims: tuple[int, ...]
+    frames: tuple[PlateFrame, ...]
     family: str
+
+    @property
+    def plates(self) -> tuple[str, ...]:
+        """Names of its plates, outermost first."""
+        return tuple(frame.name for frame in self.frames)
+
+    @property
+    def plate_dims(self) -> tuple[int, ...]:
+        """Dimensions of its plates, Python loops left out."""
+        return tuple(frame.dim for frame in self.frames if frame.dim is not None)
 
 
 @dataclass(frozen=True)
@@ -251,8 +276,7 @@ def _read_site(node: dict[str, Any], frame: CondIndepStackFrame | None, nodes: N
         support=fn.support,
         event_shape=tuple(fn.event_shape),
         batch_shape=tuple(fn.batch_shape),
-        plates=tuple(item.name for item in stack),
-        plate_dims=tuple(item.dim for item in stack if item.dim is not None),
+        frames=tuple(PlateFrame(item.name, item.dim, item.size, item.full_size or item.size) for item in stack),
         family=_family(fn),
     )
 
