@@ -5,6 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyro_aevb.aevb import AEVB
+    from pyro_aevb.distributions.dirichlet import Beta, Dirichlet
+    from pyro_aevb.distributions.erlang import Erlang
+    from pyro_aevb.distributions.gompertz import Gompertz
+    from pyro_aevb.distributions.logistic import Logistic
+    from pyro_aevb.distributions.rayleigh import Rayleigh
+    from pyro_aevb.distributions.reciprocal import Reciprocal
+    from pyro_aevb.distributions.triangular import Triangular
+    from pyro_aevb.distributions.uniform import Uniform
+    from pyro_aevb.distributions.wrapped_normal import WrappedNormal
     from pyro_aevb.evidence.importance import log_marginal
     from pyro_aevb.evidence.result import LogMarginal
     from pyro_aevb.objectives.importance_weighted import IWELBO
@@ -19,8 +28,18 @@ __all__ = [
     "AEVB",
     "IWELBO",
     "SGVB",
+    "Beta",
+    "Dirichlet",
+    "Erlang",
     "FitResult",
+    "Gompertz",
     "LogMarginal",
+    "Logistic",
+    "Rayleigh",
+    "Reciprocal",
+    "Triangular",
+    "Uniform",
+    "WrappedNormal",
     "embed",
     "fit",
     "log_marginal",
@@ -36,8 +55,18 @@ _HOMES = {
     "AEVB": "aevb",
     "IWELBO": "objectives.importance_weighted",
     "SGVB": "objectives.sgvb",
+    "Beta": "distributions.dirichlet",
+    "Dirichlet": "distributions.dirichlet",
+    "Erlang": "distributions.erlang",
     "FitResult": "training.loop",
+    "Gompertz": "distributions.gompertz",
     "LogMarginal": "evidence.result",
+    "Logistic": "distributions.logistic",
+    "Rayleigh": "distributions.rayleigh",
+    "Reciprocal": "distributions.reciprocal",
+    "Triangular": "distributions.triangular",
+    "Uniform": "distributions.uniform",
+    "WrappedNormal": "distributions.wrapped_normal",
     "embed": "prediction",
     "fit": "training.loop",
     "log_marginal": "evidence.importance",
