@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyro_aevb.distributions.wrapped_normal import WrappedNormal
     from pyro_aevb.evidence.importance import log_marginal
     from pyro_aevb.evidence.result import LogMarginal
+    from pyro_aevb.guides.encoders import ConvEncoder, MLPEncoder, SequenceEncoder, SetEncoder
     from pyro_aevb.objectives.importance_weighted import IWELBO
     from pyro_aevb.objectives.sgvb import SGVB
     from pyro_aevb.prediction import embed, posterior, predict, reconstruct, simulate
@@ -29,14 +30,18 @@ __all__ = [
     "IWELBO",
     "SGVB",
     "Beta",
+    "ConvEncoder",
     "Dirichlet",
     "Erlang",
     "FitResult",
     "Gompertz",
     "LogMarginal",
     "Logistic",
+    "MLPEncoder",
     "Rayleigh",
     "Reciprocal",
+    "SequenceEncoder",
+    "SetEncoder",
     "Triangular",
     "Uniform",
     "WrappedNormal",
@@ -56,14 +61,18 @@ _HOMES = {
     "IWELBO": "objectives.importance_weighted",
     "SGVB": "objectives.sgvb",
     "Beta": "distributions.dirichlet",
+    "ConvEncoder": "guides.encoders",
     "Dirichlet": "distributions.dirichlet",
     "Erlang": "distributions.erlang",
     "FitResult": "training.loop",
     "Gompertz": "distributions.gompertz",
     "LogMarginal": "evidence.result",
     "Logistic": "distributions.logistic",
+    "MLPEncoder": "guides.encoders",
     "Rayleigh": "distributions.rayleigh",
     "Reciprocal": "distributions.reciprocal",
+    "SequenceEncoder": "guides.encoders",
+    "SetEncoder": "guides.encoders",
     "Triangular": "distributions.triangular",
     "Uniform": "distributions.uniform",
     "WrappedNormal": "distributions.wrapped_normal",
