@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pyro_aevb.evidence.importance import log_marginal
     from pyro_aevb.evidence.result import LogMarginal
     from pyro_aevb.guides.encoders import ConvEncoder, MLPEncoder, SequenceEncoder, SetEncoder
+    from pyro_aevb.imputation.impute import impute
+    from pyro_aevb.imputation.result import Imputation
     from pyro_aevb.objectives.importance_weighted import IWELBO
     from pyro_aevb.objectives.sgvb import SGVB
     from pyro_aevb.prediction import embed, posterior, predict, reconstruct, simulate
@@ -35,6 +37,7 @@ __all__ = [
     "Erlang",
     "FitResult",
     "Gompertz",
+    "Imputation",
     "LogMarginal",
     "Logistic",
     "MLPEncoder",
@@ -47,6 +50,7 @@ __all__ = [
     "WrappedNormal",
     "embed",
     "fit",
+    "impute",
     "log_marginal",
     "posterior",
     "predict",
@@ -66,6 +70,7 @@ _HOMES = {
     "Erlang": "distributions.erlang",
     "FitResult": "training.loop",
     "Gompertz": "distributions.gompertz",
+    "Imputation": "imputation.result",
     "LogMarginal": "evidence.result",
     "Logistic": "distributions.logistic",
     "MLPEncoder": "guides.encoders",
@@ -78,6 +83,7 @@ _HOMES = {
     "WrappedNormal": "distributions.wrapped_normal",
     "embed": "prediction",
     "fit": "training.loop",
+    "impute": "imputation.impute",
     "log_marginal": "evidence.importance",
     "posterior": "prediction",
     "predict": "prediction",

@@ -12,6 +12,8 @@ from pyro_aevb._types import PyroProgram, Values
 from pyro_aevb.errors import FileError, GuideError, SettingError
 from pyro_aevb.evidence.importance import log_marginal
 from pyro_aevb.evidence.result import LogMarginal
+from pyro_aevb.imputation.impute import impute
+from pyro_aevb.imputation.result import Imputation
 from pyro_aevb.objectives.base import Objective
 from pyro_aevb.objectives.importance_weighted import IWELBO
 from pyro_aevb.objectives.sgvb import SGVB
@@ -200,6 +202,17 @@ class AEVB:
             ``{site: [rows, ...]}``, globals ``[...]``.
         """
         return self._call(embed, batch, settings)
+
+    def impute(self, *batch: Any, observed: Any = None, num_samples: int = 100, **settings: Any) -> Imputation:
+        """Draw missing entries of rows from p(x_missing | x_observed): :func:`pyro_aevb.impute`.
+
+        Args:
+            *batch: Rows; missing entries may hold anything.
+            observed: Boolean, True where an entry is known; by default what the model's own masks leave.
+            num_samples: Draws.
+            **settings: Of :func:`pyro_aevb.impute`, and the batch's keyword arguments.
+        """
+        return self._call(impute, batch, {"observed": observed, **settings}, num_samples=num_samples)
 
     def log_marginal(self, *batch: Any, method: str = "importance", **settings: Any) -> LogMarginal:
         """Estimate log p(x) of each row with a standard error: :func:`pyro_aevb.log_marginal`."""
