@@ -17,15 +17,17 @@ from pyro_aevb.testing import (
     EightSchools,
     ExactModel,
     GammaPoisson,
+    HierarchicalNormal,
     LinearGaussian,
     LinearGaussianStateSpace,
     NormalNormal,
 )
 
-CLASSES = [LinearGaussian, NormalNormal, GammaPoisson, BetaBinomial, LinearGaussianStateSpace]
+CLASSES = [LinearGaussian, NormalNormal, HierarchicalNormal, GammaPoisson, BetaBinomial, LinearGaussianStateSpace]
+WITH_GLOBALS = (NormalNormal, HierarchicalNormal)
 every_model = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 every_model_without_globals = pytest.mark.parametrize(
-    "cls", [cls for cls in CLASSES if cls is not NormalNormal], ids=lambda cls: cls.__name__
+    "cls", [cls for cls in CLASSES if cls not in WITH_GLOBALS], ids=lambda cls: cls.__name__
 )
 
 
@@ -257,6 +259,68 @@ def test_normal_normal_guide_of_a_minibatch_knows_the_whole_data_set() -> None:
         ).sum()
         weight_of_g = trace.nodes["g"]["fn"].log_prob(g) - guide_trace.nodes["g"]["fn"].log_prob(g)
     torch.testing.assert_close(total + weight_of_g, model.log_marginal(x), rtol=0, atol=1e-8)
+
+
+# Hierarchical normal, against quadrature over tau of the joint normal of everything else.
+
+
+def given_spread(model: HierarchicalNormal, x: np.ndarray, log_tau: float) -> np.ndarray:
+    """Return p(x, log tau) times 1 and the first two moments of mu and theta."""
+    groups, size = x.shape
+    from_noise = np.zeros((1 + groups, 1 + groups))  # mu and theta as they come from standard normals
+    from_noise[:, 0] = model.global_scale
+    from_noise[1:, 1:] = np.exp(log_tau) * np.eye(groups)
+    latent = from_noise @ from_noise.T
+    pick = np.repeat(np.eye(1 + groups)[1:], size, 0)
+    joint = np.block([[latent, latent @ pick.T], [pick @ latent, pick @ latent @ pick.T]])
+    observed = joint[1 + groups :, 1 + groups :] + model.noise_scale**2 * np.eye(x.size)
+    joint[1 + groups :, 1 + groups :] = observed
+    mean, cov = condition(np.zeros(len(joint)), joint, x.reshape(-1))
+    density = stats.multivariate_normal(cov=observed).pdf(x.reshape(-1))
+    prior = stats.norm(model.spread_loc, model.spread_scale).pdf(log_tau)
+    return density * prior * np.r_[1, mean, np.exp(log_tau), np.diag(cov) + mean**2, np.exp(2 * log_tau)]
+
+
+def test_hierarchical_normal_agrees_with_adaptive_quadrature_over_joint_normals() -> None:
+    model, x = HierarchicalNormal.fixture()
+    scale = 1e10
+    total, _ = integrate.quad_vec(lambda u: scale * given_spread(model, x.numpy(), u), -5, 4, epsrel=1e-10, epsabs=0)
+    mean, second = total[1:8] / total[0], total[8:] / total[0]
+    posterior = model.posterior(x)
+    assert model.log_marginal(x).item() == pytest.approx(math.log(total[0] / scale), abs=1e-8)
+    parts = [posterior[site].mean.reshape(-1) for site in ("mu", "theta", "tau")]
+    np.testing.assert_allclose(np.hstack(parts), mean, rtol=1e-7)
+    parts = [posterior[site].stddev.reshape(-1) for site in ("mu", "theta", "tau")]
+    np.testing.assert_allclose(np.hstack(parts), np.sqrt(second - mean**2), rtol=1e-7)
+
+
+def test_hierarchical_normal_draws_of_the_spread_follow_its_density() -> None:
+    """By the distribution function of the density, integrated by itself."""
+    model, x = HierarchicalNormal.fixture()
+    spread = model.posterior(x)["tau"]
+    tau = torch.linspace(1e-3, 20, 200_001, dtype=x.dtype)
+    cumulative = integrate.cumulative_trapezoid(spread.log_prob(tau).exp(), tau, initial=0)
+    assert cumulative[-1] == pytest.approx(1, abs=1e-6)
+    draws = spread.sample((20_000,)).numpy()
+    assert stats.kstest(np.interp(draws, tau, cumulative), "uniform").pvalue > 1e-3
+
+
+def test_hierarchical_normal_narrows_around_the_truth_with_many_groups() -> None:
+    """The grid finds a posterior far narrower than the prior, and more nodes change nothing."""
+    model = HierarchicalNormal()
+    x, latents = model.simulate(20_000, seed=2)
+    few, many = (HierarchicalNormal(num_nodes=count).posterior(x)["tau"] for count in (121, 601))
+    assert few.stddev < 0.01 * model.spread_scale
+    assert abs(few.mean - latents["tau"]) < 4 * few.stddev
+    torch.testing.assert_close(few.mean, many.mean, rtol=1e-9, atol=0)
+    torch.testing.assert_close(few.stddev, many.stddev, rtol=1e-6, atol=0)
+
+
+def test_hierarchical_normal_guide_of_a_minibatch_knows_the_whole_data_set() -> None:
+    model, x = HierarchicalNormal.fixture()
+    guide = poutine.trace(model.guide).get_trace(x[:2], data=x)
+    assert guide.nodes["tau"]["fn"].mean == model.posterior(x)["tau"].mean
+    assert guide.nodes["theta"]["value"].shape == (2, 1)
 
 
 # Conjugate counts, against quadrature over the latent.

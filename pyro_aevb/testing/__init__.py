@@ -8,6 +8,7 @@ its own tensors takes a ``dtype``, float64 by default, because an oracle should 
 
 from pyro_aevb.testing.base import ExactModel
 from pyro_aevb.testing.counts import BetaBinomial, GammaPoisson
+from pyro_aevb.testing.hierarchical import HierarchicalNormal
 from pyro_aevb.testing.normal import LinearGaussian, LinearGaussianMeanField, NormalNormal
 from pyro_aevb.testing.schools import EightSchools, Moments
 from pyro_aevb.testing.state_space import LinearGaussianStateSpace
@@ -17,6 +18,7 @@ __all__ = [
     "EightSchools",
     "ExactModel",
     "GammaPoisson",
+    "HierarchicalNormal",
     "LinearGaussian",
     "LinearGaussianMeanField",
     "LinearGaussianStateSpace",

@@ -14,6 +14,7 @@ from pyro_aevb.testing import (
     BetaBinomial,
     ExactModel,
     GammaPoisson,
+    HierarchicalNormal,
     LinearGaussian,
     LinearGaussianStateSpace,
     NormalNormal,
@@ -22,6 +23,7 @@ from pyro_aevb.testing import (
 MODELS: list[type[ExactModel]] = [
     BetaBinomial,
     GammaPoisson,
+    HierarchicalNormal,
     LinearGaussian,
     LinearGaussianStateSpace,
     NormalNormal,
