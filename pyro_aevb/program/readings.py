@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
 from pyro_aevb.program.batch import explained
 from pyro_aevb.program.sites import ReplayValues, SharedIndices, unmasked_value
-from pyro_aevb.randomness import random_state, replayed_rng
+from pyro_aevb.randomness import random_state, replayed_rng, seeded
 
 __all__ = ["FirstReading", "Runs"]
 
@@ -74,8 +74,11 @@ class Runs:
 
     def children(self, name: str, first: "FirstReading") -> list[str]:
         """Move one latent to another draw from its prior, all else as it was, and name the sites whose densities change."""
-        with torch.no_grad():
-            other = first.fns[name]().detach()
+        with (
+            torch.no_grad(),
+            seeded(int(torch.randint(2**31, ()))),
+        ):  # from where the runs start it would be the same draw
+            other = first.fns[name]()
         moved = _SecondReading(first)
         self._run(moved, ReplayValues({**first.latents, name: other}), torch.no_grad())
         # same noise and same operations: what does not depend on the latent is equal bit for bit
