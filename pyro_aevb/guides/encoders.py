@@ -6,8 +6,10 @@ it: the posterior mean of a linear-Gaussian model is linear in its observations,
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -208,7 +210,7 @@ class SequenceEncoder(nn.Module):
     read backward; a GRU (Cho et al. 2014, arXiv 1406.1078) of :math:`x_1, \dots, x_t` read forward; the sum of two such terms
     for both. The last present step ends a sequence: it is read backward from there, so that steps of padding change nothing.
     Absent steps before the last present one are read as zeros; give the mask as one of the inputs to tell them from observed
-    zeros. Behind the end a backward reading has nothing to tell and its features are b.
+    zeros. Behind the end a backward reading has nothing to tell and its features are b; a forward one reads on over zeros.
 
     Args:
         in_features: Length of the input of one step.
@@ -332,7 +334,8 @@ class _Reader(nn.Module):
         # nn.GRU's own call reads its parameters from a list that torch.export warns about
         weights = [getattr(self.gru, name) for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")]
         start = x.new_zeros(1, x.shape[0], self.gru.hidden_size)
-        states, _ = torch.gru(x, start, weights, True, 1, 0.0, self.training, False, True)
+        # in training mode always: there is no dropout, and cuDNN has no gradients in evaluation mode
+        states, _ = torch.gru(x, start, weights, True, 1, 0.0, True, False, True)
         return states
 
 
@@ -350,9 +353,9 @@ def _present(x: Tensor, mask: Tensor | None) -> Bool[Tensor, "..."]:
     shape = x.shape[:-1]
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=x.device)
-    fits = mask.dim() <= len(shape) and all(
-        size in (1, wanted) for size, wanted in zip(reversed(mask.shape), reversed(shape), strict=False)
-    )
+    missing = len(shape) - mask.dim()
+    fits = 0 <= missing < len(shape) and mask.shape[-1] == shape[-1]
+    fits = fits and all(size in (1, wanted) for size, wanted in zip(mask.shape, shape[missing:], strict=True))
     if mask.dtype != torch.bool or not fits:
         raise DataError(
             f"mask must be a boolean tensor {list(shape)} for x {list(x.shape)}, True where an entry is present; got "
@@ -380,7 +383,7 @@ def _check_sizes(**sizes: Any) -> None:
     """Refuse sizes that are no integers of at least 1, single ones or in a sequence; ``None`` is left alone."""
     for name, given in sizes.items():
         values = given if isinstance(given, Sequence) else () if given is None else (given,)
-        if not all(isinstance(value, int) and value >= 1 for value in values):
+        if not all(isinstance(value, Integral) and operator.index(value) >= 1 for value in values):
             raise SettingError(f"{name} must hold integers of at least 1, got {given!r}.")
 
 

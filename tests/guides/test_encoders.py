@@ -370,6 +370,11 @@ WRONG_INPUTS = {
         lambda: SequenceEncoder(3)(torch.zeros(4, 3), torch.ones(5, 4, dtype=torch.bool)),
         r"\[4\].*\[5, 4\]",
     ),
+    "one mask for all items": (
+        lambda: SetEncoder(3)(torch.zeros(5, 4, 3), torch.ones(5, 1, dtype=torch.bool)),
+        r"\[5, 4\].*bool \[5, 1\]",
+    ),
+    "a mask of no axes": (lambda: SetEncoder(3)(torch.zeros(4, 3), torch.tensor(True)), r"\[4\].*bool \[\]"),
     "a mask of numbers": (lambda: SetEncoder(3)(torch.zeros(4, 3), torch.ones(4)), r"boolean.*float32"),
 }
 
