@@ -73,7 +73,8 @@ class RowDensity:
             log_prob = node["fn"].log_prob(node["value"])
             if name not in self.sites and node["mask"] is not None:
                 log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, torch.zeros_like(log_prob))
-            total = total + self._per_row(log_prob)
+            everywhere = [1] * (1 + self.nesting - log_prob.dim())  # what no latent reaches has no axis of points
+            total = total + self._per_row(log_prob.reshape(*everywhere, *log_prob.shape))
         return total
 
     def _nodes(self, values: dict[str, Tensor]) -> dict[str, Any]:
@@ -217,7 +218,12 @@ def nuts(
     chains = []
     for chain in range(num_chains):
         pyro.set_rng_seed(seed + chain)
-        run = MCMC(NUTS(model), num_samples=draws, warmup_steps=warmup, disable_progbar=True)
+        run = MCMC(
+            NUTS(model, jit_compile=True, ignore_jit_warnings=True),
+            num_samples=draws,
+            warmup_steps=warmup,
+            disable_progbar=True,
+        )
         run.run(*args, **kwargs)
         chains.append(run.get_samples())
     moments, quality = {}, {}
