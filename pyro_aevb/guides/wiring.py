@@ -154,7 +154,7 @@ class _Graph:
             for other in (*self._parents[node], *children, *spouses):
                 if other[0] in known:
                     found.add(other)
-                elif other not in component and self.nodes[other[0]].kind != "factor":
+                elif other not in component:  # a factor too: it leads to its parents only, which are here anyway
                     component.add(other)
                     pending.append(other)
         return found

@@ -80,10 +80,10 @@ def read_dependencies(model: PyroProgram, args: Args, kwargs: Kwargs, structure:
         >>> sorted(read.parents["x"]), sorted(read.parents["z"])
         (['@shift', 'z'], [])
     """
-    inner = {plate for site in structure.sites.values() if site.is_local for plate in site.plates}
+    inner = {plate for site in structure.sites.values() for plate in site.plates} - {structure.data_plate}
     members = {
         plate: frozenset(name for name, site in structure.sites.items() if site.is_local and plate in site.plates)
-        for plate in inner - {structure.data_plate}
+        for plate in inner
     }
     with preserved_state(find_modules(model)):
         runs = Runs(model, args, kwargs, _argument_places(model, args, kwargs))

@@ -74,10 +74,8 @@ class Runs:
 
     def children(self, name: str, first: "FirstReading") -> list[str]:
         """Move one latent to another draw from its prior, all else as it was, and name the sites whose densities change."""
-        with (
-            torch.no_grad(),
-            seeded(int(torch.randint(2**31, ()))),
-        ):  # from where the runs start it would be the same draw
+        seed = int(torch.randint(2**31, ()))  # under the seed of the runs it could be the same draw
+        with torch.no_grad(), seeded(seed):
             other = first.fns[name]()
         moved = _SecondReading(first)
         self._run(moved, ReplayValues({**first.latents, name: other}), torch.no_grad())
@@ -152,11 +150,11 @@ class FirstReading(Messenger):
         fn: Any = message["fn"]
         name, value = str(message["name"]), message["value"]
         for frame in message["cond_indep_stack"]:
-            if frame.dim is None or frame.size < 2 or name not in self._members.get(frame.name, ()):
+            if frame.dim is None or name not in self._members.get(frame.name, ()):
                 continue
             axes = self._axes[frame.name]
             leaves = [(self._leaves[leaf], axis) for leaf, axis in axes.items()]
-            whole = density.expand(torch.broadcast_shapes(density.shape, fn.batch_shape))
+            whole = density + density.new_zeros(fn.batch_shape)
             if frame.name not in self.ordered and _indices_interact(whole, frame.dim, leaves):
                 self.ordered.add(frame.name)
             axis = frame.dim - fn.event_dim

@@ -232,6 +232,29 @@ def test_missing_values_do_not_hide_edges():
     assert parents(model, x) == {"z": set(), "x": {"z"}}
 
 
+def test_missing_values_in_every_row_do_not_hide_what_moving_a_latent_shows():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            loc = torch.as_tensor(z.detach().numpy())
+            pyro.sample("x", dist.Normal(loc, 1.0).mask(~x.isnan()).to_event(1), obs=x)
+
+    x = torch.randn(4, 3)
+    x[:, 1] = float("nan")
+    assert parents(model, x)["x"] == {"z"}
+
+
+def test_missing_covariates_do_not_make_a_plate_ordered():
+    def model(x, c):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("inner", 3, dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(torch.where(c.isnan(), 0.0, z * c), 1.0), obs=x)
+
+    c = torch.randn(4, 3)
+    c[:, 1] = float("nan")
+    assert read(model, torch.randn(4, 3), c).ordered == frozenset()
+
+
 def test_half_observed_values_reach_what_is_computed_from_them():
     def model(x, y, seen):
         with pyro.plate("data", len(x)):
@@ -307,6 +330,18 @@ def test_arguments_bear_the_names_of_the_signature():
     assert set(handled.arguments) == {"@x"}
 
 
+def test_programs_may_write_into_their_arguments():
+    def model(x, c):
+        c[c > 1] = 0.0
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            out = torch.zeros(len(x), 2)
+            out[..., 0], out[..., 1] = z, c
+            pyro.sample("x", dist.Normal(out.sum(-1), 1.0), obs=x)
+
+    assert parents(model, X, X.clone())["x"] == {"z", "@c"}
+
+
 def test_programs_that_work_on_plain_tensors_only_are_read():
     def model(x):
         x.numpy()  # refuses leaves of the autograd graph
@@ -324,6 +359,7 @@ def test_rows_that_the_model_draws_are_the_same_in_every_run():
     rows = []
 
     def model(x):
+        pyro.sample("g", dist.Normal(0.0, 1.0))  # drawn in the first run only
         with pyro.plate("data", len(x), subsample_size=2) as index:
             rows.append(index.tolist())
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -332,9 +368,10 @@ def test_rows_that_the_model_draws_are_the_same_in_every_run():
     x = torch.randn(20)
     structure = read_structure(model, (x,))
     rows.clear()
-    assert read_dependencies(model, (x,), {}, structure).parents["x"] == {"z"}
-    assert len(rows) == 3
-    assert rows[0] == rows[1] == rows[2]
+    with pytest.warns(AEVBWarning, match="'g'"):
+        assert read_dependencies(model, (x,), {}, structure).parents["x"] == {"z"}
+    assert len(rows) == 4
+    assert all(drawn == rows[0] for drawn in rows)
 
 
 def test_reading_leaves_nothing_behind():
