@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pyro_aevb.evidence.importance import log_marginal
     from pyro_aevb.evidence.result import LogMarginal
     from pyro_aevb.guides.encoders import ConvEncoder, MLPEncoder, SequenceEncoder, SetEncoder
+    from pyro_aevb.guides.flow import AutoAmortizedFlow
+    from pyro_aevb.guides.normal import AutoAmortizedMultivariateNormal, AutoAmortizedNormal
     from pyro_aevb.imputation.impute import impute
     from pyro_aevb.imputation.result import Imputation
     from pyro_aevb.objectives.importance_weighted import IWELBO
@@ -31,6 +33,9 @@ __all__ = [
     "AEVB",
     "IWELBO",
     "SGVB",
+    "AutoAmortizedFlow",
+    "AutoAmortizedMultivariateNormal",
+    "AutoAmortizedNormal",
     "Beta",
     "ConvEncoder",
     "Dirichlet",
@@ -64,6 +69,9 @@ _HOMES = {
     "AEVB": "aevb",
     "IWELBO": "objectives.importance_weighted",
     "SGVB": "objectives.sgvb",
+    "AutoAmortizedFlow": "guides.flow",
+    "AutoAmortizedMultivariateNormal": "guides.normal",
+    "AutoAmortizedNormal": "guides.normal",
     "Beta": "distributions.dirichlet",
     "ConvEncoder": "guides.encoders",
     "Dirichlet": "distributions.dirichlet",

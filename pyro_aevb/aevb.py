@@ -9,9 +9,10 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_aevb._types import PyroProgram, Values
-from pyro_aevb.errors import FileError, GuideError, SettingError
+from pyro_aevb.errors import FileError, SettingError
 from pyro_aevb.evidence.importance import log_marginal
 from pyro_aevb.evidence.result import LogMarginal
+from pyro_aevb.guides.normal import AutoAmortizedNormal
 from pyro_aevb.imputation.impute import impute
 from pyro_aevb.imputation.result import Imputation
 from pyro_aevb.objectives.base import Objective
@@ -40,7 +41,7 @@ class AEVB:
 
     Args:
         model: A Pyro model written for a batch: a function, an ``nn.Module``, a ``PyroModule`` or a method of one.
-        guide: A guide with the model's arguments.
+        guide: A guide with the model's arguments; by default :class:`~pyro_aevb.AutoAmortizedNormal`, which builds itself.
         objective: What training maximizes, by default :class:`~pyro_aevb.SGVB`.
         data_plate: Name of the plate whose indices are rows; ``"auto"`` for the plate called "data", else the only outermost
             plate of the batch's rows; ``None`` for a model without rows.
@@ -49,12 +50,11 @@ class AEVB:
 
     Attributes:
         model: The model, as given.
-        guide: The guide, as given.
+        guide: The guide.
         objective: The objective.
         result: The last fit's :class:`~pyro_aevb.training.loop.FitResult`, ``None`` before.
 
     Raises:
-        GuideError: If no guide is given.
         SettingError: If a setting is not allowed.
 
     Example:
@@ -88,8 +88,7 @@ class AEVB:
         num_data: int | None = None,
         compile: bool = False,  # noqa: A002  torch's own word
     ) -> None:
-        if guide is None:
-            raise GuideError("AEVB needs a guide in this version: AEVB(model, guide). Automatic guides come later.")
+        guide = AutoAmortizedNormal(model, data_plate=data_plate) if guide is None else guide
         if compile is not False:
             raise SettingError(
                 f"compile must be False in this version, got {compile!r}; pyro_aevb.stage records a graph."
@@ -207,12 +206,12 @@ class AEVB:
         """Draw missing entries of rows from p(x_missing | x_observed): :func:`pyro_aevb.impute`.
 
         Args:
-            *batch: Rows; missing entries may hold anything.
+            *batch: Rows; missing entries may hold anything, but must be finite before the first fit.
             observed: Boolean, True where an entry is known; by default what the model's own masks leave.
             num_samples: Draws.
             **settings: Of :func:`pyro_aevb.impute`, and the batch's keyword arguments.
         """
-        return self._call(impute, batch, {"observed": observed, **settings}, num_samples=num_samples)
+        return self._call(impute, batch, settings, observed=observed, num_samples=num_samples)
 
     def log_marginal(self, *batch: Any, method: str = "importance", **settings: Any) -> LogMarginal:
         """Estimate log p(x) of each row with a standard error: :func:`pyro_aevb.log_marginal`."""

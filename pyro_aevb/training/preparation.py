@@ -8,6 +8,7 @@ from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
 from pyro.infer.autoguide.effect import AutoMessenger
 
 from pyro_aevb.errors import AEVBError, DataError, GuideError, SettingError
+from pyro_aevb.guides.base import AmortizedGuide
 from pyro_aevb.program.batch import explained
 from pyro_aevb.program.rows import check_finite, located
 from pyro_aevb.program.staging import ObjectiveModule
@@ -97,6 +98,8 @@ def _sites_per_row(guide: Any, structure: Structure) -> set[str]:
     """Return the sites whose parameters one of Pyro's automatic guides holds, rather than computes from the row."""
     if isinstance(guide, AutoGuideList):
         return set().union(*(_sites_per_row(part, structure) for part in guide))
+    if isinstance(guide, AmortizedGuide):
+        return set()
     if isinstance(guide, AutoMessenger):
         return set() if structure.data_plate in guide.amortized_plates else set(structure.sites)
     if isinstance(guide, AutoGuide) and not isinstance(guide, AutoCallable) and guide.prototype_trace is not None:

@@ -1,0 +1,285 @@
+"""From a model and one batch to the networks of its guide: at most five runs of the model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
+
+from pyro_aevb._types import Args, Kwargs, PyroProgram
+from pyro_aevb.errors import GuideError, ModelError
+from pyro_aevb.guides.amortized import Blueprint, LocalGuide
+from pyro_aevb.guides.coordinates import Coordinates, read_coordinates
+from pyro_aevb.guides.families import Family
+from pyro_aevb.guides.global_latents import GlobalGuide, Joint, OwnGuide, PerSite
+from pyro_aevb.guides.layout import Layout, read_layout
+from pyro_aevb.guides.plan import Unit, plan_units
+from pyro_aevb.guides.probe import Probe, Reading
+from pyro_aevb.guides.wiring import Node, Source, sampling_order, wire
+from pyro_aevb.program.batch import batch_rows, take_rows
+from pyro_aevb.program.dependencies import Dependencies, read_dependencies
+from pyro_aevb.program.structure import Structure, read_structure
+from pyro_aevb.randomness import seeded
+
+__all__ = ["Built", "Networks", "build_networks", "read_model"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a guide knows of its model.
+
+    Attributes:
+        structure: The model's structure.
+        dependencies: Who depends on whom in it.
+        wiring: What each local latent reads.
+        units: Which latents share networks.
+        probe: Reads batches.
+        moving_supports: Latents whose support is computed from arguments.
+        rows: Rows that the example batch offered.
+    """
+
+    structure: Structure
+    dependencies: Dependencies
+    wiring: Mapping[str, tuple[Source, ...]]
+    units: tuple[Unit, ...]
+    probe: Probe
+    moving_supports: frozenset[str]
+    rows: int | None
+
+    @property
+    def order(self) -> list[str]:
+        """Local latents in the order in which they are sampled."""
+        return list(self.wiring)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Dimensions of plates."""
+        frames = [frame for site in self.structure.sites.values() for frame in site.frames]
+        return {frame.name: frame.dim for frame in frames if frame.dim is not None}
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Observed sites and arguments that some latent reads."""
+        latents = {site.name for site in self.structure.select("latent")}
+        names = [source.name for sources in self.wiring.values() for source in sources]
+        return tuple(dict.fromkeys(name for name in names if name not in latents))
+
+
+class Networks(nn.Module):
+    """All parameters of a guide.
+
+    Args:
+        of_globals: Guides of the global latents.
+        of_locals: The guide of the local latents.
+    """
+
+    like: Tensor
+
+    def __init__(self, of_globals: list[GlobalGuide], of_locals: LocalGuide) -> None:
+        super().__init__()
+        self.of_globals = nn.ModuleList(of_globals)
+        self.of_locals = of_locals
+        self.register_buffer("like", torch.zeros(()), persistent=False)
+
+
+def read_model(model: PyroProgram, data_plate: str | None, args: Args, kwargs: Kwargs) -> tuple[Built, Reading]:
+    """Read structure, dependencies and an example from a model, and wire its latents.
+
+    Raises:
+        ModelError: If the model is not supported.
+    """
+    structure = read_structure(model, args, kwargs, data_plate=data_plate)
+    _check_rows(model, structure, args, kwargs)
+    dependencies = read_dependencies(model, args, kwargs, structure)
+    layout = read_layout(structure)
+    probe = Probe(model, structure, layout)
+    probe.argument_plates = {
+        name: _plates_of_argument(name, item, structure, dependencies, layout)
+        for name, item in dependencies.arguments.items()
+    }
+    example = probe.learn(args, kwargs)
+    moving = _moving_supports(structure, example)
+    if moving:
+        probe.always_run()
+    nodes = _nodes(structure, dependencies, probe.argument_plates)
+    wiring = wire(nodes, dependencies.parents, ordered=dependencies.ordered)
+    wiring = {name: wiring[name] for name in sampling_order(nodes) if name in wiring}
+    units = plan_units(structure, wiring)
+    return Built(structure, dependencies, wiring, units, probe, moving, batch_rows(args, kwargs)), example
+
+
+class Maker(Protocol):
+    """What is asked of the guide that is built."""
+
+    encoder: nn.Module | Mapping[str, nn.Module] | None
+    global_guide: str | type[AutoGuide]
+
+    @property
+    def name(self) -> str:
+        """Name of the guide's class."""
+
+    def choose_family(self, coordinates: Coordinates) -> Family:
+        """Make the family of a local latent."""
+
+    def global_family(self, kind: str) -> Callable[[Coordinates], Family]:
+        """Return what makes the joint family of the globals."""
+
+
+def build_networks(
+    maker: Maker, model: PyroProgram, built: Built, example: Reading, batch: tuple[Args, Kwargs]
+) -> Networks:
+    """Make all parameters of a guide, of the type and on the device of the model's own tensors.
+
+    Raises:
+        GuideError: If ``encoder`` names sites that are no local latents, or returns what is no features.
+    """
+    structure = built.structure
+    latents = structure.select("latent")
+    with seeded(0), torch.no_grad():
+        coordinates = {site.name: read_coordinates(site, example.nodes[site.name]["fn"]) for site in latents}
+    blueprint = Blueprint(
+        structure=structure,
+        layout=built.probe.layout,
+        units=built.units,
+        coordinates=coordinates,
+        example=example,
+        ordered=built.dependencies.ordered,
+        encoders=_encoders_by_site(maker.encoder, built),
+        make_family=maker.choose_family,
+    )
+    networks = Networks(_global_guides(maker, model, built, coordinates, batch), LocalGuide(blueprint))
+    like = next((own.loc for own in coordinates.values()), torch.zeros(()))
+    return networks.to(dtype=like.dtype, device=like.device)
+
+
+def _encoders_by_site(encoder: nn.Module | Mapping[str, nn.Module] | None, built: Built) -> dict[str, nn.Module]:
+    """Give each local latent the user's encoder for it."""
+    if encoder is None:
+        return {}
+    if isinstance(encoder, nn.Module):
+        return dict.fromkeys(built.wiring, encoder)
+    unknown = sorted(set(encoder) - set(built.wiring))
+    if unknown:
+        raise GuideError(
+            f"encoder names sites {unknown}, which are no latents inside the data plate {built.structure.data_plate!r}; these are "
+            f"{list(built.wiring)}. Encoders belong to local latents; globals have none.",
+            site=unknown[0],
+        )
+    return dict(encoder)
+
+
+def _global_guides(
+    maker: Maker, model: PyroProgram, built: Built, coordinates: dict[str, Coordinates], batch: tuple[Args, Kwargs]
+) -> list[GlobalGuide]:
+    """Make the guides of the globals: one joint one, and one a site where a circle or a sphere has its own family."""
+    structure, kind = built.structure, maker.global_guide
+    sites = structure.select("latent", is_local=False)
+    if not sites:
+        return []
+    if not isinstance(kind, str):
+        own = OwnGuide(sites, model, kind)
+        with poutine.block(), seeded(0), torch.no_grad():
+            own.guide(*batch[0], **batch[1])  # makes its parameters
+        return [own]
+    flat = tuple(site for site in sites if coordinates[site.name].kind == "euclidean")
+    apart = sites if kind == "normal" else tuple(site for site in sites if site not in flat)
+    guides: list[GlobalGuide] = []
+    if flat and kind != "normal":
+        name = f"_{maker.name}_globals"
+        guides.append(Joint(name, flat, coordinates, maker.global_family(kind), structure.max_plate_nesting))
+    if apart:
+        make = maker.global_family(kind)
+        families = {
+            site.name: (make if site in flat else maker.choose_family)(coordinates[site.name]) for site in apart
+        }
+        guides.append(PerSite(apart, families))
+    return guides
+
+
+def _nodes(
+    structure: Structure, dependencies: Dependencies, argument_plates: Mapping[str, tuple[str, ...]]
+) -> list[Node]:
+    """Return the graph's nodes: sites in the model's order, then arguments."""
+    nodes = []
+    for site in structure.sites.values():
+        if site.kind != "imputed":
+            inner = {frame.name for frame in site.frames if frame.dim is not None} - {structure.data_plate}
+            nodes.append(Node(site.name, site.kind, frozenset(inner), site.is_local))
+    return nodes + [Node(name, "argument", frozenset(argument_plates[name]), True) for name in dependencies.arguments]
+
+
+def _plates_of_argument(
+    name: str, argument: Tensor, structure: Structure, dependencies: Dependencies, layout: Layout
+) -> tuple[str, ...]:
+    """Find the inner plates whose sizes the axes of an argument behind its rows have, where a site in them reads it."""
+    shape = tuple(argument.shape if structure.data_plate is None else argument.shape[1:])
+    best: tuple[str, ...] = ()
+    for site in structure.sites.values():
+        if name in dependencies.parents.get(site.name, ()) and site.is_local:
+            own = {frame.name for frame in site.frames}
+            inner = [frame for frame in layout.inner if frame.name in own]
+            if shape[: len(inner)] == tuple(frame.size for frame in inner) and len(inner) > len(best):
+                best = tuple(frame.name for frame in inner)
+    return best
+
+
+def _check_rows(model: Any, structure: Structure, args: Args, kwargs: Kwargs) -> None:
+    """Run the model on the second half of the rows, and refuse one whose sites depend on the data.
+
+    A model that can't be run on fewer rows says nothing here.
+    """
+    if structure.data_plate is None or structure.draws_own_rows or structure.rows < 2:
+        return
+    rows = batch_rows(args, kwargs) or 0
+    try:
+        other = read_structure(model, *take_rows(args, kwargs, slice(rows // 2, None)), data_plate=structure.data_plate)
+    except Exception:
+        return
+    first, second = (
+        {name: (site.kind, site.event_shape, site.plates) for name, site in read.sites.items()}
+        for read in (structure, other)
+    )
+    if first != second:
+        changed = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+        raise ModelError(
+            f"The model's structure depends on the data: sites {changed} differ between a batch and its second half.\n"
+            f"Whole batch: {structure}\nSecond half: {other}\nGive every batch one structure: pad to one length and mask.",
+            site=changed[0],
+        )
+
+
+def _moving_supports(structure: Structure, example: Reading) -> frozenset[str]:
+    """Name the latents whose support varies between rows, and refuse those whose support depends on other latents."""
+    moving = set()
+    for site in structure.select("latent"):
+        other = example.nodes[site.name]["fn"].support
+        if not _is_equal(site.support, other):
+            raise ModelError(
+                f"The support of latent site {site.name!r} changes between runs on one batch, from {site.support} to {other}: its "
+                f"ends are computed from another latent. Sample on a fixed support and transform, such as upper * u with u in "
+                f"the unit interval.",
+                site=site.name,
+            )
+        if any(isinstance(end, Tensor) and end.unique().numel() > 1 for end in _ends(site.support)):
+            moving.add(site.name)
+    return frozenset(moving)
+
+
+def _ends(support: Constraint) -> list[Any]:
+    """Return what a support is made of: its ends, or those of the support below it."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return [
+        item for item in (getattr(support, name, None) for name in ("lower_bound", "upper_bound")) if item is not None
+    ]
+
+
+def _is_equal(a: Constraint, b: Constraint) -> bool:
+    ends = [[torch.as_tensor(end) for end in _ends(support)] for support in (a, b)]
+    if type(a) is not type(b) or len(ends[0]) != len(ends[1]):
+        return False
+    return all(one.shape == other.shape and bool((one == other).all()) for one, other in zip(*ends, strict=True))

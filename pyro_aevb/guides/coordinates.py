@@ -1,0 +1,149 @@
+"""Unconstrained coordinates of a latent site, in units of its prior."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import Transform, biject_to, constraints, transform_to
+from torch.distributions.constraints import Constraint
+
+from pyro_aevb._types import SiteDistribution
+from pyro_aevb.errors import ModelError
+from pyro_aevb.program.structure import Site
+
+__all__ = ["Coordinates", "feasible", "read_coordinates", "transformed"]
+
+_LARGEST = 10.0
+"""Standardised coordinates that networks read are cut here: a value at the end of its support has infinite ones."""
+
+_NUM_DRAWS = 4096
+_CIRCULAR = frozenset({"VonMises"})
+
+
+class Coordinates(nn.Module):
+    r"""Coordinates :math:`(T^{-1}(z) - m) / s` of a site: T the bijection onto its support, m and s of the prior.
+
+    Args:
+        event_shape: Shape of an event.
+        shape: Shape of its unconstrained coordinates.
+        loc: m, of each coordinate, flat.
+        scale: s, of each coordinate, flat.
+        kind: ``"euclidean"``, ``"circle"`` (von Mises) or ``"sphere"`` (projected normal).
+
+    Attributes:
+        size: D, number of unconstrained coordinates of an event.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, event_shape: Sequence[int], shape: Sequence[int], loc: Tensor, scale: Tensor, kind: str = "euclidean"
+    ) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+        self.shape = tuple(shape)
+        self.kind = kind
+        self.size = math.prod(self.shape)
+        self.register_buffer("loc", loc)
+        self.register_buffer("scale", scale)
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of inputs that a network gets of a value."""
+        return 2 * self.size if self.kind == "circle" else self.size
+
+    def inputs(self, value: Tensor, support: Constraint) -> Tensor:
+        """Turn values ``[..., *event]`` into what a network reads of them, ``[..., num_inputs]``."""
+        lead = value.shape[: value.dim() - len(self.event_shape)]
+        if self.kind == "circle":
+            flat = value.reshape(*lead, self.size)
+            return torch.cat([flat.cos(), flat.sin()], -1)
+        if self.kind == "sphere":
+            return value.reshape(*lead, self.size)
+        flat = biject_to(support).inv(value).reshape(*lead, self.size)
+        return ((flat - self.loc) / self.scale).clamp(-_LARGEST, _LARGEST)
+
+
+def read_coordinates(site: Site, fn: SiteDistribution) -> Coordinates:
+    """Choose coordinates of a site in units of its prior.
+
+    Median m and spread s (interquartile range / 1.349) come from draws of the site's distribution in one run of the model, its
+    parents at the centre of their supports, so that networks work with numbers near 1 whatever the model's units.
+
+    Args:
+        site: The site.
+        fn: Its distribution in that run.
+
+    Raises:
+        ModelError: If there is no bijection onto the support.
+    """
+    kind = _kind(site)
+    shape = site.event_shape
+    if kind == "euclidean":
+        try:
+            shape = tuple(biject_to(site.support).inverse_shape(torch.Size(site.event_shape)))
+        except NotImplementedError as error:
+            raise ModelError(
+                f"There is no map from unconstrained space onto the support {site.support} of latent site {site.name!r} "
+                f"({site.family}). Register one with torch.distributions.biject_to, or write this site's guide by hand.",
+                site=site.name,
+            ) from error
+    size = math.prod(shape)
+    dtype = getattr(feasible(fn), "dtype", torch.float32)
+    loc, scale = torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype)
+    if kind == "euclidean" and size:
+        loc, scale = _prior_units(fn, loc, scale)
+    return Coordinates(site.event_shape, shape, loc, scale, kind)
+
+
+def _prior_units(fn: SiteDistribution, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return median and spread of each coordinate under the prior; what is given where it can't be drawn from."""
+    try:
+        count = max(16, _NUM_DRAWS // max(1, math.prod(fn.batch_shape)))
+        draws: Any = biject_to(fn.support).inv(fn.sample((count,)))
+    except (NotImplementedError, RuntimeError, ValueError):  # an improper prior
+        return loc, scale
+    flat = draws.detach().reshape(-1, len(loc))
+    flat = torch.nan_to_num(flat[:: max(1, len(flat) // (4 * _NUM_DRAWS))])
+    lower, median, upper = flat.quantile(torch.tensor([0.25, 0.5, 0.75]).to(flat), dim=0)
+    spread = (upper - lower) / 1.349
+    is_usable = torch.isfinite(spread) & (spread > 0) & torch.isfinite(median)
+    return torch.where(is_usable, median, loc), torch.where(is_usable, spread, scale)
+
+
+def _kind(site: Site) -> str:
+    if site.family in _CIRCULAR:
+        return "circle"
+    return "sphere" if getattr(dist.constraints, "sphere", None) is site.support else "euclidean"
+
+
+def transformed(base: SiteDistribution, support: Constraint, event_dim: int) -> SiteDistribution:
+    """Carry a distribution on unconstrained coordinates, each of its own batch element, to a support.
+
+    Args:
+        base: Independent over the coordinates' axes, which are the last of its batch shape.
+        support: The site's support.
+        event_dim: Dimensions of the site's event.
+    """
+    while isinstance(support, constraints.independent):  # as the model's own families are built, so that a KL is found
+        support = support.base_constraint
+    transform: Transform = biject_to(support)
+    base = base.to_event(transform.domain.event_dim)
+    if getattr(transform, "parts", True):
+        base = dist.TransformedDistribution(base, [transform])
+    return base.to_event(event_dim - base.event_dim) if event_dim > base.event_dim else base
+
+
+def feasible(fn: SiteDistribution) -> Tensor:
+    """Return the point of a distribution's support whose unconstrained coordinates are 0, one for each batch element."""
+    shape = fn.batch_shape + fn.event_shape
+    if fn.support.is_discrete:
+        return torch.zeros(shape)
+    transform = transform_to(fn.support)
+    like = next((value for value in vars(fn).values() if isinstance(value, Tensor)), torch.zeros(()))
+    zeros = torch.zeros(transform.inverse_shape(shape), device=like.device)
+    return transform(zeros.to(like.dtype) if like.is_floating_point() else zeros).expand(shape)

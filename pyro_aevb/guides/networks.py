@@ -1,0 +1,228 @@
+"""The networks of a guide: encoders of observations and the heads that turn features into a family's parameters.
+
+Tensors are in canonical layout, ``[*lead, rows, inner plates, features]``; see :mod:`pyro_aevb.guides.layout`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyro_aevb.errors import GuideError
+from pyro_aevb.guides.encoders import ConvEncoder, MLPEncoder, SequenceEncoder, SetEncoder
+from pyro_aevb.guides.inputs import Input, Observation
+from pyro_aevb.guides.plan import Direction
+
+__all__ = ["CustomEncoder", "Encoder", "Head", "SeriesEncoder", "concatenate"]
+
+_NUM_FEATURES = 64
+
+
+def concatenate(tensors: Sequence[Tensor]) -> Tensor:
+    """Join tensors along the last axis, the others broadcast."""
+    shape = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
+    return torch.cat([tensor.expand(*shape, tensor.shape[-1]) for tensor in tensors], -1)
+
+
+class _Items(nn.Module):
+    """Turns the inputs of one instance of the plates into one vector: images by convolutions, everything else as it is."""
+
+    def __init__(self, inputs: Sequence[Input], num_sampled: int) -> None:
+        super().__init__()
+        self.images = nn.ModuleDict()
+        self.num_features = num_sampled
+        for index, item in enumerate(inputs):
+            if item.is_image:
+                channels, height, width = item.event_shape
+                self.images[str(index)] = ConvEncoder(
+                    (channels * (2 if item.has_mask else 1), height, width), _NUM_FEATURES
+                )
+                self.num_features += _NUM_FEATURES
+            else:
+                self.num_features += item.event_shape[0] * (2 if item.has_mask else 1)
+        self.is_image = [item.is_image for item in inputs]
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether anything is no image."""
+        return self.num_features > _NUM_FEATURES * len(self.images)
+
+    def forward(self, observations: Sequence[Observation], sampled: Sequence[Tensor] = ()) -> Tensor:
+        """Return ``[*lead, rows, inner plates, num_features]``, images first."""
+        images = [
+            self.images[str(index)](self._channels(item))
+            for index, item in enumerate(observations)
+            if self.is_image[index]
+        ]
+        vectors = [_vector(item) for index, item in enumerate(observations) if not self.is_image[index]]
+        return concatenate([*images, *vectors, *sampled])
+
+    @staticmethod
+    def _channels(observation: Observation) -> Tensor:
+        value, mask = observation
+        return value if mask is None else torch.cat([value, mask.to(value)], -3)
+
+
+def _vector(observation: Observation) -> Tensor:
+    value, mask = observation
+    return value if mask is None else torch.cat([value, mask.to(value)], -1)
+
+
+class Encoder(nn.Module):
+    """Reads the sources of one group: as they are, as a set over pooled plates, or in order along an ordered plate.
+
+    Args:
+        inputs: Inputs of the observed sources.
+        num_sampled: Number of inputs of sampled latents that are pooled with them.
+        axes: Canonical axes, counted from the rows', of the plates that are pooled over.
+        is_ordered: Whether the one plate is ordered and read by a recurrent network.
+        keeps_plate: Whether features are wanted at each index of the ordered plate, rather than a summary.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Input], num_sampled: int, axes: Sequence[int], *, is_ordered: bool, keeps_plate: bool
+    ) -> None:
+        super().__init__()
+        self.items = _Items(inputs, num_sampled)
+        self.axes = tuple(axes)
+        self.keeps_plate = keeps_plate
+        self.num_features = _NUM_FEATURES
+        self.reader: nn.Module
+        size = self.items.num_features
+        if is_ordered:
+            self.reader = SequenceEncoder(size, _NUM_FEATURES, direction="both")
+        elif axes:
+            self.reader = SetEncoder(size, _NUM_FEATURES)
+        elif self.items.has_vectors:
+            self.reader = MLPEncoder(size, _NUM_FEATURES)
+        else:
+            self.reader, self.num_features = nn.Identity(), size
+
+    @property
+    def label(self) -> str:
+        """Name of the network, for tables."""
+        names = [type(image).__name__ for image in self.items.images.values()]
+        return " + ".join(names if isinstance(self.reader, nn.Identity) else [*names, type(self.reader).__name__])
+
+    def forward(self, observations: Sequence[Observation], sampled: Sequence[Tensor], num_axes: int) -> Tensor:
+        """Return features ``[*lead, rows, inner plates, features]``, pooled plates of size 1."""
+        items = self.items(observations, sampled)
+        if not self.axes:
+            return self.reader(items)
+        first = items.dim() - 1 - num_axes
+        axes = [first + axis for axis in self.axes]
+        mask = _present(observations, num_axes)
+        return self._pool(items, None if mask is None else mask.expand(items.shape[:-1]), axes)
+
+    def _pool(self, items: Tensor, mask: Tensor | None, axes: list[int]) -> Tensor:
+        """Move the plates' axes to the end, read them as one axis of items, and put the plates back."""
+        kept = [axis for axis in range(items.dim() - 1) if axis not in axes]
+        moved = items.permute(*kept, *axes, items.dim() - 1).flatten(len(kept), -2)
+        moved_mask = None if mask is None else mask.permute(*kept, *axes).flatten(len(kept))
+        if self.keeps_plate:
+            return self.reader(moved, moved_mask).movedim(-2, axes[0])
+        features = (
+            self.reader.summary(moved, moved_mask)
+            if isinstance(self.reader, SequenceEncoder)
+            else self.reader(moved, moved_mask)
+        )
+        for axis in sorted(axes):
+            features = features.unsqueeze(axis)
+        return features
+
+
+def _present(observations: Sequence[Observation], num_axes: int) -> Tensor | None:
+    """Return which items, ``[rows, ...]`` over the first axes, hold any observation; ``None`` where all do."""
+    if not observations or any(mask is None for _, mask in observations):
+        return None
+    masks = [mask.flatten(num_axes).any(-1) for _, mask in observations if mask is not None]
+    shape = torch.broadcast_shapes(*(mask.shape for mask in masks))
+    return torch.stack([mask.expand(shape) for mask in masks]).any(0)
+
+
+class SeriesEncoder(nn.Module):
+    """Reads observations of a loop in order: features of each time.
+
+    Args:
+        inputs: Inputs of each kind of observation.
+        direction: As in :class:`~pyro_aevb.guides.encoders.SequenceEncoder`.
+    """
+
+    def __init__(self, inputs: Sequence[Input], direction: Direction) -> None:
+        super().__init__()
+        self.items = _Items(inputs, num_sampled=0)
+        self.reader = SequenceEncoder(self.items.num_features, _NUM_FEATURES, direction=direction)
+        self.num_features = _NUM_FEATURES
+
+    label = "SequenceEncoder"
+
+    def forward(self, observations: Sequence[Observation]) -> Tensor:
+        """Return ``[rows, inner plates, times, features]`` of observations ``[rows, inner plates, times, *event]``."""
+        items = self.items(observations)
+        mask = _present(observations, items.dim() - 1)
+        return self.reader(items, None if mask is None else mask.expand(items.shape[:-1]))
+
+
+class CustomEncoder(nn.Module):
+    """Calls a user's module, and says clearly what it should have returned.
+
+    Args:
+        module: Called with ``[rows, inner plates, *event]``, or with a dictionary of them by source.
+        names: The sources.
+        num_features: Length of what it returns.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str], num_features: int = 0) -> None:
+        super().__init__()
+        self.module = module
+        self.names = tuple(names)
+        self.num_features = num_features
+
+    @property
+    def label(self) -> str:
+        """Name of the network, for tables."""
+        return type(self.module).__name__
+
+    def forward(self, observations: Sequence[Observation], num_axes: int) -> Tensor:
+        """Return ``[rows, inner plates, features]``; masks are joined to the features."""
+        values = {
+            name: value.reshape(_squeezed(value, num_axes))
+            for name, (value, _) in zip(self.names, observations, strict=True)
+        }
+        features = self.module(next(iter(values.values())) if len(values) == 1 else values)
+        rows = observations[0].value.shape[0]
+        if not isinstance(features, Tensor) or features.dim() < 2 or features.shape[0] != rows:
+            got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise GuideError(
+                f"The encoder {type(self.module).__name__} must return [rows, features], here [{rows}, ...], got {got}."
+            )
+        if features.dim() == 2:
+            features = features.reshape(rows, *(1,) * (num_axes - 1), features.shape[-1])
+        masks = [mask.flatten(num_axes).to(features) for _, mask in observations if mask is not None]
+        return concatenate([features, *masks])
+
+
+def _squeezed(value: Tensor, num_axes: int) -> list[int]:
+    """Return a shape without the axes of plates that a value does not lie in."""
+    return [len(value), *(size for size in value.shape[1:num_axes] if size > 1), *value.shape[num_axes:]]
+
+
+class Head(nn.Module):
+    """Turns features and the values of sampled parents into a family's outputs, all of which start at 0.
+
+    Args:
+        num_features: Length of the features.
+        num_outputs: Number of outputs.
+        is_linear: Whether the outputs are a linear map of the features, for features of one encoder alone.
+    """
+
+    def __init__(self, num_features: int, num_outputs: int, *, is_linear: bool) -> None:
+        super().__init__()
+        self.body: nn.Module = nn.Identity() if is_linear else MLPEncoder(num_features, _NUM_FEATURES)
+        self.out = nn.Linear(num_features if is_linear else _NUM_FEATURES, num_outputs)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return outputs ``[..., num_outputs]`` of ``[..., num_features]``."""
+        return self.out(self.body(features))

@@ -1,0 +1,312 @@
+"""What a batch says to a guide: observations, masks, plates and their indices, read from the model itself.
+
+A guide is given the model's arguments and must know which of them is observed where, which entries are missing, and which rows
+a subsampling plate holds. The model knows: it is run once, its latents at fixed values so that no noise is drawn. Where every
+observation is a plain argument, or a view of one, and nothing is masked or subsampled, the run is left out.
+"""
+
+import inspect
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from torch import Tensor
+
+from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
+from pyro_aevb.errors import ModelError
+from pyro_aevb.guides.coordinates import feasible
+from pyro_aevb.guides.inputs import Observation
+from pyro_aevb.guides.layout import Layout
+from pyro_aevb.program.batch import batch_rows, explained
+from pyro_aevb.program.parameters import preserved_state
+from pyro_aevb.program.reach import find_modules
+from pyro_aevb.program.sites import Nodes, sample_sites, value_mask
+from pyro_aevb.program.structure import PlateFrame, Structure
+
+__all__ = ["Probe", "Reading", "bind"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one batch says.
+
+    Attributes:
+        observations: By source, in canonical layout.
+        masks: Which entries of a latent's batch shape count, by latent; those without a mask are missing.
+        frames: The plates that are to be opened, by name.
+        indices: The rows of subsampling plates, by name.
+        nodes: The model's sites, if the model was run.
+    """
+
+    observations: dict[str, Observation]
+    masks: dict[str, Tensor]
+    frames: dict[str, PlateFrame]
+    indices: Values
+    nodes: Nodes = field(default_factory=dict)
+
+
+class _Feasible(Messenger):
+    """Put latents at fixed values, so that a run draws no noise; give plates the rows that were chosen for them.
+
+    Attributes:
+        drawn: Plates that choose their rows by themselves: full size, number of rows.
+    """
+
+    def __init__(self, indices: Values) -> None:
+        super().__init__()
+        self.indices = indices
+        self.drawn: dict[str, tuple[int, int]] = {}
+        self.given: Values = {}
+
+    def _pyro_sample(self, message: Message) -> None:
+        fn: Any = message["fn"]
+        name = str(message["name"])
+        if type(fn).__name__ == "_Subsample":
+            if message["value"] is None and fn.subsample_size is not None and fn.subsample_size < fn.size:
+                self.drawn[name] = (fn.size, fn.subsample_size)
+                index = self.indices.get(name, torch.arange(fn.subsample_size))
+                message["value"], message["done"] = index, True
+            elif message["value"] is not None:
+                self.given[name] = torch.as_tensor(message["value"])
+        elif message["value"] is None:
+            message["value"], message["done"] = feasible(fn), True
+
+
+@dataclass(frozen=True)
+class _Door:
+    """How an observed value is seen in an argument: as the whole of it, or through strides.
+
+    Attributes:
+        argument: Name of the argument.
+        view: Shape, strides and offset of the view; ``None`` for the whole argument.
+        rows_axis: Axis of the view along which rows lie.
+    """
+
+    argument: str
+    view: tuple[tuple[int, ...], tuple[int, ...], int] | None
+    rows_axis: int
+
+    def read(self, arguments: Values) -> Tensor:
+        """Return the observed value in other arguments of the same shapes."""
+        argument = arguments[self.argument]
+        if self.view is None:
+            return argument
+        shape, strides, offset = self.view
+        shape = (*shape[: self.rows_axis], len(argument), *shape[self.rows_axis + 1 :])
+        return torch.as_strided(argument.contiguous(), shape, strides, offset)
+
+
+def bind(model: PyroProgram, args: Args, kwargs: Kwargs) -> Values:
+    """Return the tensor arguments of a program by name: the parameter's, ``args[0]`` without one, each with an ``@`` in front."""
+    try:
+        bound = inspect.signature(model).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        bound = {"args": args, "kwargs": dict(kwargs)}
+    named: dict[str, Any] = {}
+    for name, item in bound.items():
+        if isinstance(item, tuple):
+            named |= {f"{name}[{index}]": part for index, part in enumerate(item)}
+        elif isinstance(item, dict):
+            named |= item
+        else:
+            named[name] = item
+    return {f"@{name}": item for name, item in named.items() if isinstance(item, Tensor) and item.dim() > 0}
+
+
+class Probe:
+    """Reads batches of a model.
+
+    Args:
+        model: The model.
+        structure: The model's structure.
+        layout: Positions of its plates.
+
+    Attributes:
+        argument_plates: Inner plates that the axes of an argument behind its rows belong to, by argument.
+        nan_arguments: Arguments in which NaN stands for a missing entry.
+    """
+
+    def __init__(self, model: PyroProgram, structure: Structure, layout: Layout) -> None:
+        self.model = model
+        self.structure = structure
+        self.layout = layout
+        self.argument_plates: dict[str, tuple[str, ...]] = {}
+        self.nan_arguments: frozenset[str] = frozenset()
+        self.drawn: dict[str, tuple[int, int]] = {}
+        self._modules = find_modules(model)
+        self._doors: dict[str, _Door] | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def learn(self, args: Args, kwargs: Kwargs) -> Reading:
+        """Run the model once on an example batch, and find out whether later batches can be read without a run."""
+        nodes, handler = self._run(args, kwargs, {})
+        arguments = bind(self.model, args, kwargs)
+        self.drawn = handler.drawn
+        self.nan_arguments = frozenset(
+            name for name, item in arguments.items() if item.is_floating_point() and bool(item.isnan().any())
+        )
+        self._shapes = {name: tuple(item.shape[1:]) for name, item in arguments.items()}
+        self._doors = self._find_doors(nodes, handler, arguments, batch_rows(args, kwargs))
+        observed = tuple(site.name for site in self.structure.select("observed"))
+        return self._read_nodes(nodes, arguments, (*observed, *arguments), handler.given)
+
+    def always_run(self) -> None:
+        """Run the model for every batch."""
+        self._doors = None
+
+    def read(self, args: Args, kwargs: Kwargs, sources: Collection[str], indices: Values) -> Reading:
+        """Read a batch: from its arguments where they tell everything, else from a run of the model.
+
+        Args:
+            args: The batch, as positional arguments.
+            kwargs: The batch, as keyword arguments.
+            sources: The observed sites and arguments that are wanted.
+            indices: The rows of plates that choose them by themselves.
+
+        Raises:
+            ModelError: If the model has other sites than when the guide was built.
+        """
+        arguments = bind(self.model, args, kwargs)
+        if self._doors is not None and self._fits(arguments):
+            return self._read_arguments(self._doors, arguments, sources)
+        nodes, handler = self._run(args, kwargs, indices)
+        self._check_sites(nodes)
+        return self._read_nodes(nodes, arguments, sources, handler.given | indices)
+
+    def _run(self, args: Args, kwargs: Kwargs, indices: Values) -> tuple[Nodes, _Feasible]:
+        handler = _Feasible(indices)
+        with preserved_state(self._modules), torch.no_grad(), explained("model", args, kwargs), handler:
+            nodes = sample_sites(poutine.trace(self.model).get_trace(*args, **kwargs))
+        return nodes, handler
+
+    def _check_sites(self, nodes: Nodes) -> None:
+        """Refuse a model that has other sites, or events of other shapes, than when the guide was built."""
+        built = {name: site.event_shape for name, site in self.structure.sites.items()}
+        found = {name: tuple(node["fn"].event_shape) for name, node in nodes.items()}
+        if built == found:
+            return
+        changed = sorted(name for name in built.keys() | found.keys() if built.get(name) != found.get(name))
+        raise ModelError(
+            f"The model has other sites than when the guide was built: expected {_shapes_of(built, changed)}, got "
+            f"{_shapes_of(found, changed)}. The guide needs one structure for every batch: pad to one length and mask, or draw a "
+            f"count that varies inside a plate.",
+            site=changed[0],
+        )
+
+    def _read_nodes(self, nodes: Nodes, arguments: Values, sources: Collection[str], indices: Values) -> Reading:
+        latents = {site.name for site in self.structure.select("latent")}
+        frames = {
+            frame.name: PlateFrame(frame.name, frame.dim, frame.size, frame.full_size or frame.size)
+            for name in nodes
+            if name in latents
+            for frame in nodes[name]["cond_indep_stack"]
+        }
+        masks = {name: mask for name in nodes if name in latents and (mask := _batch_mask(nodes[name])) is not None}
+        observations = {name: self._observation(nodes[name]) for name in sources if name in nodes}
+        observations |= {name: self._argument(name, arguments[name], indices) for name in sources if name in arguments}
+        return Reading(observations, masks, frames, indices, nodes)
+
+    def _read_arguments(self, doors: dict[str, _Door], arguments: Values, sources: Collection[str]) -> Reading:
+        rows = len(next(iter(arguments.values()))) if arguments else self.structure.rows
+        frames = {
+            frame.name: replace(frame, size=rows, full_size=rows) if frame.name == self.structure.data_plate else frame
+            for site in self.structure.select("latent")
+            for frame in site.frames
+        }
+        observations = {
+            name: Observation(self._canonical(name, doors[name].read(arguments)), None)
+            for name in sources
+            if name in doors
+        }
+        observations |= {name: self._argument(name, arguments[name], {}) for name in sources if name in arguments}
+        return Reading(observations, {}, frames, {})
+
+    def _observation(self, node: dict[str, Any]) -> Observation:
+        name, fn = node["name"], node["fn"]
+        shape = fn.batch_shape + fn.event_shape
+        value, mask = node["value"].expand(shape), value_mask(node)
+        known = None if mask is None else self._canonical(name, mask.expand(shape))
+        return Observation(self._canonical(name, value), known)
+
+    def _canonical(self, name: str, value: Tensor) -> Tensor:
+        site = self.structure.sites[name]
+        return self.layout.read(value, site, len(site.event_shape))
+
+    def _argument(self, name: str, argument: Tensor, indices: Values) -> Observation:
+        index = indices.get(self.structure.data_plate or "")
+        if self.structure.data_plate is None:
+            argument = argument[None]
+        elif index is not None and len(argument) == self.structure.full_size != len(index):
+            argument = argument[index]
+        value = self.layout.rows(argument, self.argument_plates.get(name, ()))
+        return Observation(value, ~value.isnan() if name in self.nan_arguments else None)
+
+    def _fits(self, arguments: Values) -> bool:
+        """Tell whether arguments have the shapes, behind their rows, and as many rows, as doors were found for."""
+        shapes = {name: tuple(item.shape[1:]) for name, item in arguments.items()}
+        return shapes == self._shapes and len({len(item) for item in arguments.values()}) == 1
+
+    def _find_doors(
+        self, nodes: Nodes, handler: _Feasible, arguments: Values, rows: int | None
+    ) -> dict[str, _Door] | None:
+        """Find every observation in the arguments; ``None`` if a run of the model is needed to read a batch."""
+        frames = [frame for node in nodes.values() for frame in node["cond_indep_stack"]]
+        is_subsampled = bool(handler.drawn or handler.given) or any(frame.size != frame.full_size for frame in frames)
+        if is_subsampled or rows != self.structure.rows or any(value_mask(node) is not None for node in nodes.values()):
+            return None
+        doors = {}
+        for site in self.structure.select("observed", is_local=True):
+            door = _find_door(nodes[site.name]["value"], arguments)
+            if door is None or nodes[site.name]["fn"].batch_shape + site.event_shape != nodes[site.name]["value"].shape:
+                return None
+            doors[site.name] = door
+        return doors
+
+
+def _find_door(observed: Any, arguments: Values) -> _Door | None:
+    """Find the argument that an observed value is, or is a view of."""
+    if not isinstance(observed, Tensor) or not observed.numel():
+        return None
+    for name, argument in arguments.items():
+        if observed is argument:
+            return _Door(name, None, 0)
+        same = observed.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
+        if not same or not argument.is_contiguous() or argument.storage_offset() or observed.dtype != argument.dtype:
+            continue
+        rows = [
+            axis
+            for axis, (size, stride) in enumerate(zip(observed.shape, observed.stride(), strict=True))
+            if size == len(argument) and stride == argument.stride(0)
+        ]
+        if len(rows) == 1 and len(argument) > 1:
+            view = (tuple(observed.shape), tuple(observed.stride()), int(observed.storage_offset()))
+            return _Door(name, view, rows[0])
+    return None
+
+
+def _batch_mask(node: dict[str, Any]) -> Tensor | None:
+    """Return the mask of a latent, of its batch shape.
+
+    Raises:
+        ModelError: If it masks a part of an event.
+    """
+    mask = value_mask(node)
+    if mask is None:
+        return None
+    event_dim = node["fn"].event_dim
+    if any(size > 1 for size in mask.shape[mask.dim() - event_dim :]):
+        raise ModelError(
+            f"The mask at latent site {node['name']!r} has shape {list(mask.shape)} and splits its event of shape "
+            f"{list(node['fn'].event_shape)}. Put the entries into a plate instead of .to_event(), or mask whole events.",
+            site=node["name"],
+        )
+    return mask.reshape(mask.shape[: mask.dim() - event_dim])
+
+
+def _shapes_of(shapes: dict[str, tuple[int, ...]], names: list[str]) -> str:
+    """Write sites with their event shapes."""
+    return ", ".join(f"{name}: {list(shapes[name])}" for name in names[:5] if name in shapes) or "none of them"
