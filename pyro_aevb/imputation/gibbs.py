@@ -54,27 +54,49 @@ class Gibbs(Sampler):
         """Steps of a chain."""
         return self.warmup_steps + self.num_steps
 
+    def check(self, batch: tuple[Args, Kwargs], missing: MissingData, globals_: Values) -> None:
+        """Refuse a model in which missing entries reach other distributions than by the latents.
+
+        Its sites are weighed at the same values under two batches that differ in the missing entries alone.
+        """
+        other_batch = self._restart(batch, missing, globals_)
+        values = values_of(self.run_guide(batch, globals_))
+        one, other = (self.program.score_model(*each, SINGLE, values) for each in (batch, other_batch))
+        for name, site in one.items():
+            if self.structure.sites[name].kind == "imputed":
+                continue
+            density, other_density = (fn.log_prob(site.value) for fn in (site.fns[0], other[name].fns[0]))
+            if not torch.allclose(density, other_density, rtol=1e-4, atol=1e-4, equal_nan=True):
+                raise ModelError(
+                    f"The distribution of site {name!r} depends on missing entries of the data themselves, so that they can't be "
+                    f"drawn from the likelihood given the latents alone. Mark these entries as known, or write the model so that "
+                    f"the data reach it by obs= only.",
+                    site=name,
+                )
+
     def draw(
         self, batch: tuple[Args, Kwargs], missing: MissingData, globals_: Values, num_samples: int, bar: tqdm
     ) -> Part:
         """Run a chain for each draw of each row, and keep where it ends."""
         count = len(next(iter(missing.known.values())))
-        self._check_independence(batch, missing, globals_)
         repeated = torch.arange(count).repeat(num_samples)
         missing = missing.take(repeated)
         batch = self._restart(take_rows(*batch, repeated), missing, globals_)
-        guide = self.program.sample_guide(*batch, SINGLE, values=globals_)
+        guide = self.run_guide(batch, globals_)
         state, accepted = values_of(guide), torch.zeros(count)
         completed: Values = {}
+        # a chain that starts far out improves again and again at first, whatever the guide
+        settled = self.warmup_steps + self.num_steps // 2
         for step in range(self.steps):
             if step >= self.warmup_steps:
                 state, is_accepted = self._step(batch, state, globals_)
-                accepted += is_accepted.float().unflatten(0, (num_samples, count)).mean(0).cpu()
+                if step >= settled:
+                    accepted += is_accepted.float().unflatten(0, (num_samples, count)).mean(0).cpu()
             elif step:
-                state = values_of(self.program.sample_guide(*batch, SINGLE, values=globals_))
+                state = values_of(self.run_guide(batch, globals_))
             batch, completed = self._renew(batch, missing, self.program.score_model(*batch, SINGLE, state))
             bar.update()
-        acceptance = accepted / self.num_steps if self.num_steps else torch.full((count,), torch.nan)
+        acceptance = accepted / (self.steps - settled) if self.num_steps else torch.full((count,), torch.nan)
         samples = {name: value.unflatten(0, (num_samples, count)) for name, value in completed.items()}
         nothing = torch.full((count,), torch.nan)
         latents = self.latents(state, guide, num_samples)
@@ -82,10 +104,10 @@ class Gibbs(Sampler):
 
     def _step(self, batch: tuple[Args, Kwargs], state: Values, globals_: Values) -> tuple[Values, Tensor]:
         """Propose z' from q(z | x) and accept it with probability min(1, w(z') / w(z)), w = p(x, z) / q(z | x)."""
-        guide = self.program.sample_guide(*batch, SINGLE, values=globals_)
+        guide = self.run_guide(batch, globals_)
         proposed = self.weigh(batch, guide)
         # weighed again at every step: x has changed since z was drawn
-        current = self.weigh(batch, self.program.sample_guide(*batch, SINGLE, values=state))
+        current = self.weigh(batch, self.run_guide(batch, state))
         is_accepted = torch.rand_like(proposed).log() < proposed - current
         moved = {
             name: torch.where(self.per_row(site, is_accepted), site.value, state[name]) if site.is_local else site.value
@@ -95,6 +117,7 @@ class Gibbs(Sampler):
 
     def _restart(self, batch: tuple[Args, Kwargs], missing: MissingData, globals_: Values) -> tuple[Args, Kwargs]:
         """Put draws from p(x) into the missing entries of a copy of the batch."""
+        self.program.forget_indices()  # copies of rows are another number of rows
         with PriorData():
             prior = self.program.score_model(*batch, SINGLE, globals_)
         values = {name: lay_out(prior[name], prior[name].value, self.structure) for name in missing.known}
@@ -118,23 +141,3 @@ class Gibbs(Sampler):
             # what the model observes is a view of the batch: `write_observations` has proved it at the start
             lay_out(model[name], model[name].value, self.structure).copy_(value)
         return batch
-
-    def _check_independence(self, batch: tuple[Args, Kwargs], missing: MissingData, globals_: Values) -> None:
-        """Refuse a model in which missing entries reach other distributions than by the latents.
-
-        Its sites are weighed at the same values under two batches that differ in the missing entries alone.
-        """
-        values = values_of(self.program.sample_guide(*batch, SINGLE, values=globals_))
-        other_batch = self._restart(batch, missing, globals_)
-        one, other = (self.program.score_model(*each, SINGLE, values) for each in (batch, other_batch))
-        for name, site in one.items():
-            if self.structure.sites[name].kind == "imputed":
-                continue
-            density, other_density = (fn.log_prob(site.value) for fn in (site.fns[0], other[name].fns[0]))
-            if not torch.allclose(density, other_density, rtol=1e-4, atol=1e-4, equal_nan=True):
-                raise ModelError(
-                    f"The distribution of site {name!r} depends on missing entries of the data themselves, so that they can't be "
-                    f"drawn from the likelihood given the latents alone. Mark these entries as known, or write the model so that "
-                    f"the data reach it by obs= only.",
-                    site=name,
-                )

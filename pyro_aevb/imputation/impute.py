@@ -32,7 +32,7 @@ def impute(
     *batch: Any,
     observed: Any = None,
     num_samples: int = 100,
-    num_steps: int = 100,
+    num_steps: int = 200,
     warmup_steps: int = 20,
     method: str = "auto",
     num_importance_samples: int = 1000,
@@ -54,11 +54,11 @@ def impute(
 
     where x is the row as it is completed at that step (Mattei & Frellsen 2018, arXiv 1802.04826,
     Algorithm 1). Its stationary distribution is the exact p(z, x_missing | x_observed), whatever the guide; a poor
-    guide shows in a low acceptance. The first ``warmup_steps`` accept always (pseudo-Gibbs, Rezende et al. 2014,
+    guide takes longer to get there. The first ``warmup_steps`` accept always (pseudo-Gibbs, Rezende et al. 2014,
     arXiv 1401.4082): they bring the chain near, and are not exact by themselves. Every draw is the last state of a chain
     of its own, so that draws are independent. Chains start at a draw of x_missing from p(x): inside the support whatever it is,
     spread out, and right at once where nothing is observed. Cost: for each draw of each row, guide and model once a warm-up
-    step and twice a step after it.
+    step, then the guide twice and the model three times a step.
 
     Method ``"mask"``, for a model whose masks (``obs_mask=``, ``poutine.mask``) drop the missing entries and a guide that does
     without them: of K draws from q(z | x_observed, mask), ``num_samples`` are resampled with weights
@@ -68,7 +68,8 @@ def impute(
     Globals g are draws from q(g) that are held while x_missing is drawn given them: the result is p(x_missing | x_observed)
     under q(g). No gradient. Modules run in eval mode.
 
-    Assumed and not verified: the chains are long enough. Raise ``num_steps`` until the result stays.
+    Assumed and not verified: the chains are long enough. A low acceptance says that they are not, a high one does not say that
+    they are, above all for a guide that is too narrow. Raise ``num_steps`` until the result stays.
 
     Args:
         model: The model.

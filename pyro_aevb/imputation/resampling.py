@@ -35,19 +35,23 @@ class Resampling(Sampler):
         """One pass."""
         return 1
 
+    def check(self, batch: tuple[Args, Kwargs], missing: MissingData, globals_: Values) -> None:
+        """Allow everything: the model's own masks keep missing entries out of its densities."""
+
     def draw(
         self, batch: tuple[Args, Kwargs], missing: MissingData, globals_: Values, num_samples: int, bar: tqdm
     ) -> Part:
         """Resample draws of the guide, and draw the missing entries given each."""
         rows = torch.arange(len(next(iter(missing.known.values()))))
         many = take_rows(*batch, rows.repeat(self.num_importance_samples))
-        guide = self.program.sample_guide(*many, SINGLE, values=globals_)
+        guide = self.run_guide(many, globals_)
         log_weights = self.weigh(many, guide).unflatten(0, (-1, len(rows)))
         # a row whose weights are all zero is flagged below; any of its draws will do
         shares = log_weights.double().softmax(0).nan_to_num(1.0)
         chosen = torch.multinomial(shares.T, num_samples, replacement=True).T
         chosen = (chosen * len(rows) + rows.to(chosen)).flatten()
         values = {name: self._choose(site, chosen) for name, site in guide.items()}
+        self.program.forget_indices()  # copies of rows are another number of rows
         few, repeated = take_rows(*batch, rows.repeat(num_samples)), missing.take(rows.repeat(num_samples))
         completed = repeated.complete(self.fill(self.program.score_model(*few, SINGLE, values), missing.known))
         samples = {name: value.unflatten(0, (num_samples, len(rows))) for name, value in completed.items()}

@@ -23,7 +23,7 @@ class Imputation:
         latents: Latents that belong to the draws, ``{site: [num_samples, rows, ...]}``: draws from p(z | x_observed).
         filled: The data with the mean of the draws in the missing entries (for integers: the most frequent draw), in the shape
             of the argument that ``observed`` was given for, else of the only site; ``None`` if there are several.
-        acceptance: Share of accepted proposals of each row, ``[rows]``; NaN for method ``"mask"``.
+        acceptance: Share of proposals that the second half of each row's chains accepted, ``[rows]``; NaN for method ``"mask"``.
         ess: Effective number of importance samples of each row, ``[rows]``; NaN for method ``"gibbs"``.
         is_flagged: Rows that should not be trusted: an acceptance below 1 %, or importance weights with k-hat above 0.7.
         method: ``"gibbs"`` or ``"mask"``.

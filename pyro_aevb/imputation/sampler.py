@@ -60,6 +60,10 @@ class Sampler(ABC):
         """Ticks of the progress bar in one run."""
 
     @abstractmethod
+    def check(self, batch: tuple[Args, Kwargs], missing: MissingData, globals_: Values) -> None:
+        """Refuse a chunk of rows that the method would be wrong for."""
+
+    @abstractmethod
     def draw(
         self, batch: tuple[Args, Kwargs], missing: MissingData, globals_: Values, num_samples: int, bar: tqdm
     ) -> Part:
@@ -80,6 +84,7 @@ class Sampler(ABC):
             for args, kwargs, count in chunks:
                 part = missing.take(slice(start, start + count))
                 with explained("program", args, kwargs):
+                    self.check((args, kwargs), part, groups[0][0])
                     parts.append(_join_draws([self.draw((args, kwargs), part, *group, bar) for group in groups]))
                 start += count
         return self._join_rows(parts)
@@ -103,12 +108,17 @@ class Sampler(ABC):
         """Draw the globals, and say how many draws of the missing entries go with each draw of them."""
         groups: list[tuple[Values, int]] = []
         while num_samples:
-            records = self.program.sample_guide(*batch, SINGLE)
+            records = self.run_guide(batch, {})
             globals_ = {name: site.value for name, site in records.items() if not site.is_local}
             count = -(-num_samples // (num_globals - len(groups))) if globals_ else num_samples
             groups.append((globals_, count))
             num_samples -= count
         return groups
+
+    def run_guide(self, batch: tuple[Args, Kwargs], values: Values) -> Records:
+        """Draw from the guide what is not given; plates that subsample choose their rows anew."""
+        self.program.forget_indices()
+        return self.program.sample_guide(*batch, SINGLE, values=values)
 
     def weigh(self, batch: tuple[Args, Kwargs], guide: Records) -> Tensor:
         """Return log p(x, z) - log q(z | x) of each row."""
