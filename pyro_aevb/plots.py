@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pyro_aevb.errors import DataError
@@ -24,6 +24,7 @@ __all__ = [
     "plot_embedding",
     "plot_history",
     "plot_images",
+    "plot_imputations",
     "plot_log_marginal",
     "plot_manifold",
     "plot_reconstructions",
@@ -125,6 +126,54 @@ def plot_reconstructions(
     step = originals.shape[1] + 1
     ax.set_yticks([(originals.shape[1] - 1) / 2 + step * line for line in range(len(lines))], lines)
     ax.tick_params(left=False)
+    return figure
+
+
+def plot_imputations(
+    originals: Float[Tensor, "images height width"],
+    observed: Bool[Tensor, "..."],
+    fills: Float[Tensor, "*draws height width"],
+    *,
+    names: Sequence[str] | None = None,
+    title: str = "The images, what is known of them, and how the rest is filled",
+) -> "Figure":
+    """Draw images, what of them is known, and how the rest is filled.
+
+    Args:
+        originals: Grey levels in [0, 1].
+        observed: True where a pixel is known, of the shape of the images; the others are blue in the second line.
+        fills: Completed images, or several completions: ``[draws, images, height, width]``, such as a mean and some draws.
+        names: Name of each line of images: originals, known pixels, completions.
+        title: Title of the figure.
+
+    Returns:
+        A figure with one picture, a column for each image, and the blue of missing pixels above it.
+
+    Raises:
+        DataError: If the shapes do not fit, or there are more or fewer names than lines.
+    """
+    from matplotlib.colors import (
+        ListedColormap,
+    )  # as slow as the figure itself, which only those who look at pictures pay
+
+    if observed.shape != originals.shape:
+        raise DataError(
+            f"Expected observed of shape {list(originals.shape)}, as the images; got {list(observed.shape)}."
+        )
+    copies = fills.unsqueeze(0) if fills.dim() == 3 else fills
+    many = [f"completion {number + 1}" for number in range(len(copies))] if len(copies) > 1 else ["completion"]
+    known = originals.masked_fill(~observed, 0.0)[None]
+    figure = plot_reconstructions(
+        originals,
+        torch.cat([known, copies]) if copies.shape[1:] == originals.shape else copies,
+        names=names if names is not None else ["original", "known", *many],
+        title=title,
+    )
+    (ax,) = figure.axes
+    missing = torch.full_like(torch.cat([known, known]), math.nan)
+    missing[1][~observed] = 1.0
+    ax.imshow(_tiled(missing).numpy(), cmap=ListedColormap([BLUE]), interpolation="nearest")
+    ax.set_ylim(ax.images[0].get_extent()[2:])
     return figure
 
 
@@ -270,9 +319,7 @@ def _draw_grid(images: Tensor, title: str, *, width: float = 7.0) -> tuple["Figu
         raise DataError(
             f"Expected images of shape [images, height, width] or [rows, columns, height, width]; got {list(images.shape)}."
         )
-    lines, columns, high, wide = images.shape
-    spaced = torch.nn.functional.pad(images.detach().cpu().float(), (0, 1, 0, 1), value=math.nan)
-    canvas = spaced.transpose(1, 2).reshape(lines * (high + 1), columns * (wide + 1))[:-1, :-1]
+    canvas = _tiled(images)
     figure, (ax,) = _figure(width, width * canvas.shape[0] / canvas.shape[1] + 0.5)
     ax.imshow(canvas.numpy(), cmap="gray_r", vmin=0.0, vmax=1.0, interpolation="nearest")
     ax.set_xticks([])
@@ -280,3 +327,10 @@ def _draw_grid(images: Tensor, title: str, *, width: float = 7.0) -> tuple["Figu
     ax.spines[:].set_visible(False)
     ax.set_title(title, loc="left", fontsize=11)
     return figure, ax
+
+
+def _tiled(images: Tensor) -> Tensor:
+    """Put ``[rows, columns, height, width]`` side by side, one pixel apart."""
+    lines, columns, high, wide = images.shape
+    spaced = torch.nn.functional.pad(images.detach().cpu().float(), (0, 1, 0, 1), value=math.nan)
+    return spaced.transpose(1, 2).reshape(lines * (high + 1), columns * (wide + 1))[:-1, :-1]

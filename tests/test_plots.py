@@ -13,6 +13,7 @@ from pyro_aevb.plots import (
     plot_embedding,
     plot_history,
     plot_images,
+    plot_imputations,
     plot_log_marginal,
     plot_manifold,
     plot_reconstructions,
@@ -115,6 +116,36 @@ def test_one_reconstruction_needs_no_axis_of_draws():
 def test_reconstructions_that_do_not_fit_are_refused(copies, names, message):
     with pytest.raises(DataError, match=message):
         plot_reconstructions(torch.rand(5, 4, 4), torch.rand(copies), names=names)
+
+
+def test_imputations_show_what_is_known_and_colour_the_rest():
+    originals, draws = torch.rand(5, 4, 3), torch.rand(2, 5, 4, 3)
+    observed = torch.rand(5, 4, 3) > 0.4
+    ax = plot_imputations(originals, observed, draws).axes[0]
+    grey, blue = (np.ma.filled(image.get_array().astype(float), np.nan) for image in ax.images)
+    for column in range(5):
+        torch.testing.assert_close(tile(grey, 0, column, 4, 3), originals[column].double(), check_dtype=False)
+        torch.testing.assert_close(
+            tile(grey, 1, column, 4, 3)[observed[column]], originals[column][observed[column]], check_dtype=False
+        )
+        assert torch.equal(tile(blue, 1, column, 4, 3).isnan(), observed[column])
+        torch.testing.assert_close(tile(grey, 3, column, 4, 3), draws[1, column], check_dtype=False)
+    assert np.isnan(blue[:4]).all()
+    assert ax.get_ylim() == (4 * 5 - 1.5, -0.5)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["original", "known", "completion 1", "completion 2"]
+
+
+def test_imputations_of_one_completion_and_what_does_not_fit():
+    originals, observed = torch.rand(5, 4, 4), torch.ones(5, 4, 4).bool()
+    ax = plot_imputations(originals, observed, originals).axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["original", "known", "completion"]
+    with pytest.raises(DataError, match="Expected observed of shape"):
+        plot_imputations(originals, observed[:, :3], originals)
+    with pytest.raises(DataError, match=r"got \[4, 4, 4\]"):
+        plot_imputations(originals, observed, originals[:4])
+    with pytest.raises(DataError, match="Expected 3 names"):
+        plot_imputations(originals, observed, originals, names=["a", "b"])
 
 
 def test_manifold_goes_through_the_inverse_normal_cdf():
