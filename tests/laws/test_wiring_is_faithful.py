@@ -148,15 +148,20 @@ def check(sites):
     by_name = {site.name: site for site in sites}
     seen = {name for name, site in by_name.items() if site.kind != "latent"}
     counts = {True: 0, False: 0}
+    assert read.parents == {site.name: site.weights.keys() for site in sites if site.kind != "argument"}
     for place, latent in enumerate(order):
         if not by_name[latent].is_local:
             continue
+        needed = set()
         for (name, copies), value in partial_correlations(sites, latent, seen.union(order[:place])).items():
             pairs = zip(by_name[name].plates, copies, strict=True)
             pooled = {plate for plate, copy in pairs if copy > 0 or plate not in by_name[latent].plates}
-            is_wired = Source(name, frozenset(pooled)) in wired[latent]
-            assert (abs(value) > 1e-6) if is_wired else (abs(value) < 1e-8), (latent, name, copies, value)
-            counts[is_wired] += 1
+            source, is_needed = Source(name, frozenset(pooled)), bool(abs(value) > 1e-6)
+            assert is_needed or abs(value) < 1e-8, (latent, name, copies, value)
+            assert is_needed == (source in wired[latent]), (latent, name, copies, value)  # the same for every copy
+            counts[is_needed] += 1
+            needed |= {source} if is_needed else set()
+        assert set(wired[latent]) == needed
     return counts, read
 
 
