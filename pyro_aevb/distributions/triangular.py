@@ -81,8 +81,7 @@ class Triangular(InverseCDF):
         is_left = value < self.peak
         end, length = self._sides(is_left)
         # a peak at an end has a side of length 0, where the density is that of the top
-        is_slope = is_inside & (length > 0)
-        height = torch.where(is_slope, (value - end).abs() / torch.where(is_slope, length, 1), 1)
+        height = torch.where(length > 0, (value - end).abs() / torch.where(length > 0, length, 1), 1)
         return torch.where(is_inside, (2 * height / (self.high - self.low)).log(), -torch.inf)
 
     def cdf(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -61,8 +61,8 @@ class WrappedNormal(Univariate):
     def log_prob(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return the log density in nats."""
         angle = _wrap(self._checked(value) - self.loc)
-        # each series is kept where it is finite, so that the one not taken has a gradient too
-        narrow = _log_sum_of_images(angle, self.scale.clamp(max=_SCALE_OF_EQUAL_SPEED))
+        narrow = _log_sum_of_images(angle, self.scale)
+        # three waves are no density at small scales: their sum passes 0, where even a gradient that is not taken is NaN
         wide = _log_fourier_sum(angle, self.scale.clamp(min=_SCALE_OF_EQUAL_SPEED))
         return torch.where(self.scale < _SCALE_OF_EQUAL_SPEED, narrow, wide)
 
