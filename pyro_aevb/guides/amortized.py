@@ -1,7 +1,7 @@
 """q(z | x, g) of local latents: encoders read observations, heads give each latent its distribution."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -14,7 +14,7 @@ from pyro_aevb.guides.coordinates import Coordinates
 from pyro_aevb.guides.families import Family
 from pyro_aevb.guides.inputs import Input, Observation, read_scale
 from pyro_aevb.guides.layout import Layout
-from pyro_aevb.guides.networks import CustomEncoder, Encoder, Head, SeriesEncoder, concatenate
+from pyro_aevb.guides.networks import CustomEncoder, Encoder, Head, Mark, Pooling, SeriesEncoder, concatenate
 from pyro_aevb.guides.plan import Group, Series, Unit
 from pyro_aevb.guides.probe import Reading
 from pyro_aevb.program.parameters import preserved_state
@@ -37,6 +37,8 @@ class Blueprint:
         coordinates: Coordinates of every latent, global ones too.
         example: What an example batch says.
         ordered: Inner plates that are read in order.
+        asymmetric: Inner plates whose indices are not alike, so that networks are told which is which.
+        uneven: Units, by index, whose steps are not alike.
         encoders: Users' encoders by latent.
         make_family: Makes the family of a latent.
     """
@@ -47,6 +49,8 @@ class Blueprint:
     coordinates: dict[str, Coordinates]
     example: Reading
     ordered: frozenset[str]
+    asymmetric: frozenset[str]
+    uneven: frozenset[int]
     encoders: Mapping[str, nn.Module]
     make_family: Callable[[Coordinates], Family]
 
@@ -94,6 +98,7 @@ class LocalGuide(nn.Module):
             self._reads = [self._add_encoders(unit, blueprint) for unit in self.units]
         middle = [blueprint.coordinates[unit.latents[len(unit.latents) // 2]] for unit in self.units]
         self.families = nn.ModuleList(map(blueprint.make_family, middle))
+        self.marks = nn.ModuleList(self._make_marks(unit, index, blueprint) for index, unit in enumerate(self.units))
         self.heads = nn.ModuleList(self._make_head(index) for index in range(len(self.units)))
 
     def forward(self, name: str, row: Row, offset: Tensor | None = None) -> SiteDistribution:
@@ -151,9 +156,14 @@ class LocalGuide(nn.Module):
         if isinstance(part, Series):
             return SeriesEncoder(inputs, part.direction)
         sampled = sum(self._slot_width((name,)) for name in part.latents)
-        axes = sorted(map(self.layout.axis, part.pooled))
+        flat = [frame for frame in self.layout.inner if frame.name in part.pooled & blueprint.asymmetric]
         is_ordered = len(part.pooled) == 1 and part.pooled <= blueprint.ordered
-        return Encoder(inputs, sampled, axes, is_ordered=is_ordered, keeps_plate=keeps_plate)
+        pooling = Pooling(
+            vector={self.layout.axis(frame.name): frame.size for frame in flat},
+            items=tuple(sorted(map(self.layout.axis, part.pooled - blueprint.asymmetric))),
+            order="step" if is_ordered and keeps_plate else "summary" if is_ordered else None,
+        )
+        return Encoder(inputs, sampled, pooling)
 
     def _make_custom(
         self, module: nn.Module, part: Group | Series, inputs: list[Input], blueprint: Blueprint
@@ -176,12 +186,23 @@ class LocalGuide(nn.Module):
             self._inputs[times] = len(self.inputs) - 1
         return cast(Input, self.inputs[self._inputs[times]])
 
+    def _make_marks(self, unit: Unit, index: int, blueprint: Blueprint) -> nn.ModuleList:
+        """Make what tells a head the index in plates, and the step of a series, that are not alike."""
+        plates = {frame.name for frame in self.structure.sites[unit.latents[0]].frames}
+        marked = [frame for frame in self.layout.inner if frame.name in plates & blueprint.asymmetric]
+        marks = [Mark(frame.size, self.layout.axis(frame.name)) for frame in marked]
+        return nn.ModuleList(marks + ([Mark(len(unit.latents), None)] if index in blueprint.uneven else []))
+
     def _make_head(self, index: int) -> Head:
         reads, unit = self._reads[index], self.units[index]
         width = sum(cast(Encoder, self.encoders[encoder]).num_features for encoder, _ in reads)
         width += sum(map(self._slot_width, unit.parents))
+        marks = list(cast(Iterable[Mark], self.marks[index]))
+        width += sum(mark.num_features for mark in marks)
         outputs = cast(Family, self.families[index]).num_outputs
-        return Head(max(width, 1), outputs, is_linear=not unit.parents and len(reads) <= 1)
+        return Head(
+            max(width, 1), outputs, is_linear=not unit.parents and not len(self.marks[index]) and len(reads) <= 1
+        )
 
     def _slot_width(self, slot: Times) -> int:
         """Return the number of inputs of one slot of sampled parents."""
@@ -213,6 +234,7 @@ class LocalGuide(nn.Module):
             features = self._encode(encoder, part, row)
             parts.append(features[..., part.positions[step], :] if isinstance(part, Series) else features)
         parts += [self._parent(slot, step, row) for slot in unit.parents]
+        parts += [mark(step, self.layout.num_axes) for mark in cast(Iterable[Mark], self.marks[index])]
         if parts:
             return concatenate(parts)
         return row.like.new_ones((1,) * (self.layout.num_axes + 1))

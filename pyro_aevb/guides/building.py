@@ -19,8 +19,9 @@ from pyro_aevb.guides.global_latents import GlobalGuide, Joint, OwnGuide, PerSit
 from pyro_aevb.guides.layout import Layout, read_layout
 from pyro_aevb.guides.plan import Unit, plan_units
 from pyro_aevb.guides.probe import Probe, Reading
+from pyro_aevb.guides.symmetry import asymmetric_plates, uneven_units
 from pyro_aevb.guides.wiring import Node, Source, sampling_order, wire
-from pyro_aevb.program.batch import batch_rows, take_rows
+from pyro_aevb.program.batch import batch_rows
 from pyro_aevb.program.dependencies import Dependencies, read_dependencies
 from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.randomness import seeded
@@ -39,6 +40,8 @@ class Built:
         units: Which latents share networks.
         probe: Reads batches.
         moving_supports: Latents whose support is computed from arguments.
+        asymmetric: Inner plates whose indices the model does not treat alike.
+        uneven: Units, by index, whose steps it does not treat alike.
         rows: Rows that the example batch offered.
     """
 
@@ -48,6 +51,8 @@ class Built:
     units: tuple[Unit, ...]
     probe: Probe
     moving_supports: frozenset[str]
+    asymmetric: frozenset[str]
+    uneven: frozenset[int]
     rows: int | None
 
     @property
@@ -93,7 +98,6 @@ def read_model(model: PyroProgram, data_plate: str | None, args: Args, kwargs: K
         ModelError: If the model is not supported.
     """
     structure = read_structure(model, args, kwargs, data_plate=data_plate)
-    _check_rows(model, structure, args, kwargs)
     dependencies = read_dependencies(model, args, kwargs, structure)
     layout = read_layout(structure)
     probe = Probe(model, structure, layout)
@@ -109,7 +113,18 @@ def read_model(model: PyroProgram, data_plate: str | None, args: Args, kwargs: K
     wiring = wire(nodes, dependencies.parents, ordered=dependencies.ordered)
     wiring = {name: wiring[name] for name in sampling_order(nodes) if name in wiring}
     units = plan_units(structure, wiring)
-    return Built(structure, dependencies, wiring, units, probe, moving, batch_rows(args, kwargs)), example
+    built = Built(
+        structure=structure,
+        dependencies=dependencies,
+        wiring=wiring,
+        units=units,
+        probe=probe,
+        moving_supports=moving,
+        asymmetric=asymmetric_plates(probe, args, kwargs, example) - dependencies.ordered,
+        uneven=uneven_units(structure, units, example),
+        rows=batch_rows(args, kwargs),
+    )
+    return built, example
 
 
 class Maker(Protocol):
@@ -148,6 +163,8 @@ def build_networks(
         coordinates=coordinates,
         example=example,
         ordered=built.dependencies.ordered,
+        asymmetric=built.asymmetric,
+        uneven=built.uneven,
         encoders=_encoders_by_site(maker.encoder, built),
         make_family=maker.choose_family,
     )
@@ -225,31 +242,6 @@ def _plates_of_argument(
             if shape[: len(inner)] == tuple(frame.size for frame in inner) and len(inner) > len(best):
                 best = tuple(frame.name for frame in inner)
     return best
-
-
-def _check_rows(model: Any, structure: Structure, args: Args, kwargs: Kwargs) -> None:
-    """Run the model on the second half of the rows, and refuse one whose sites depend on the data.
-
-    A model that can't be run on fewer rows says nothing here.
-    """
-    if structure.data_plate is None or structure.draws_own_rows or structure.rows < 2:
-        return
-    rows = batch_rows(args, kwargs) or 0
-    try:
-        other = read_structure(model, *take_rows(args, kwargs, slice(rows // 2, None)), data_plate=structure.data_plate)
-    except Exception:
-        return
-    first, second = (
-        {name: (site.kind, site.event_shape, site.plates) for name, site in read.sites.items()}
-        for read in (structure, other)
-    )
-    if first != second:
-        changed = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
-        raise ModelError(
-            f"The model's structure depends on the data: sites {changed} differ between a batch and its second half.\n"
-            f"Whole batch: {structure}\nSecond half: {other}\nGive every batch one structure: pad to one length and mask.",
-            site=changed[0],
-        )
 
 
 def _moving_supports(structure: Structure, example: Reading) -> frozenset[str]:

@@ -139,11 +139,15 @@ def transformed(base: SiteDistribution, support: Constraint, event_dim: int) -> 
 
 
 def feasible(fn: SiteDistribution) -> Tensor:
-    """Return the point of a distribution's support whose unconstrained coordinates are 0, one for each batch element."""
+    """Return a point inside a distribution's support, the same for each batch element.
+
+    Its unconstrained coordinates are near 0 and not 0, where a weight that multiplies the latent would not show.
+    """
     shape = fn.batch_shape + fn.event_shape
     if fn.support.is_discrete:
         return torch.zeros(shape)
     transform = transform_to(fn.support)
     like = next((value for value in vars(fn).values() if isinstance(value, Tensor)), torch.zeros(()))
-    zeros = torch.zeros(transform.inverse_shape(shape), device=like.device)
-    return transform(zeros.to(like.dtype) if like.is_floating_point() else zeros).expand(shape)
+    event = transform.inverse_shape(fn.event_shape)
+    point = torch.arange(1.0, 1.0 + math.prod(event), device=like.device).sin().div(2).reshape(event)
+    return transform(point.to(like.dtype) if like.is_floating_point() else point).expand(shape)

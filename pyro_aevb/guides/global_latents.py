@@ -140,11 +140,11 @@ class Joint(GlobalGuide):
         if part.dim() > 1:  # particles lie left of every plate
             lead = tuple(part.shape[: part.dim() - 1 - self.nesting])
             batch = (1,) * (self.nesting - len(batch)) + batch
-        flat = part.reshape(*lead, *batch, *own.shape)
+        flat = part.reshape((*lead, *batch, *own.shape))
         transform = biject_to(site.support)
         value = transform(flat)
         jacobian = transform.log_abs_det_jacobian(flat, value)
-        return value, -jacobian.reshape(*lead, *batch, -1).sum(-1)
+        return value, -jacobian.reshape((*lead, *batch, -1)).sum(-1)
 
     def label(self, name: str) -> str:
         """Return the joint family's name."""

@@ -3,19 +3,23 @@
 Tensors are in canonical layout, ``[*lead, rows, inner plates, features]``; see :mod:`pyro_aevb.guides.layout`.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from pyro_aevb.errors import GuideError
+from pyro_aevb.errors import DataError, GuideError
 from pyro_aevb.guides.encoders import ConvEncoder, MLPEncoder, SequenceEncoder, SetEncoder
 from pyro_aevb.guides.inputs import Input, Observation
 from pyro_aevb.guides.plan import Direction
 
-__all__ = ["CustomEncoder", "Encoder", "Head", "SeriesEncoder", "concatenate"]
+__all__ = ["CustomEncoder", "Encoder", "Head", "Mark", "Pooling", "SeriesEncoder", "concatenate"]
 
 _NUM_FEATURES = 64
+_NUM_MARKS = 16
 
 
 def concatenate(tensors: Sequence[Tensor]) -> Tensor:
@@ -68,32 +72,42 @@ def _vector(observation: Observation) -> Tensor:
     return value if mask is None else torch.cat([value, mask.to(value)], -1)
 
 
+@dataclass(frozen=True)
+class Pooling:
+    """How plates are read that a latent does not lie in, by canonical axes counted from the rows'.
+
+    Attributes:
+        vector: Axes and sizes of plates whose indices are not alike: all indices are one vector.
+        items: Axes of plates whose indices are alike: a set, or a sequence.
+        order: ``None`` for a set; along one plate in order, ``"step"`` for features at each index, ``"summary"`` of all of them.
+    """
+
+    vector: Mapping[int, int]
+    items: tuple[int, ...]
+    order: Literal["step", "summary"] | None
+
+
 class Encoder(nn.Module):
-    """Reads the sources of one group: as they are, as a set over pooled plates, or in order along an ordered plate.
+    """Reads the sources of one group: those of one instance as a vector, many as a longer vector, a set or in order.
 
     Args:
         inputs: Inputs of the observed sources.
         num_sampled: Number of inputs of sampled latents that are pooled with them.
-        axes: Canonical axes, counted from the rows', of the plates that are pooled over.
-        is_ordered: Whether the one plate is ordered and read by a recurrent network.
-        keeps_plate: Whether features are wanted at each index of the ordered plate, rather than a summary.
+        pooling: How plates are read.
     """
 
-    def __init__(
-        self, inputs: Sequence[Input], num_sampled: int, axes: Sequence[int], *, is_ordered: bool, keeps_plate: bool
-    ) -> None:
+    def __init__(self, inputs: Sequence[Input], num_sampled: int, pooling: Pooling) -> None:
         super().__init__()
         self.items = _Items(inputs, num_sampled)
-        self.axes = tuple(axes)
-        self.keeps_plate = keeps_plate
+        self.pooling = pooling
         self.num_features = _NUM_FEATURES
         self.reader: nn.Module
-        size = self.items.num_features
-        if is_ordered:
+        size = self.items.num_features * math.prod(pooling.vector.values())
+        if pooling.order is not None:
             self.reader = SequenceEncoder(size, _NUM_FEATURES, direction="both")
-        elif axes:
+        elif pooling.items:
             self.reader = SetEncoder(size, _NUM_FEATURES)
-        elif self.items.has_vectors:
+        elif self.items.has_vectors or pooling.vector:
             self.reader = MLPEncoder(size, _NUM_FEATURES)
         else:
             self.reader, self.num_features = nn.Identity(), size
@@ -107,28 +121,62 @@ class Encoder(nn.Module):
     def forward(self, observations: Sequence[Observation], sampled: Sequence[Tensor], num_axes: int) -> Tensor:
         """Return features ``[*lead, rows, inner plates, features]``, pooled plates of size 1."""
         items = self.items(observations, sampled)
-        if not self.axes:
-            return self.reader(items)
         first = items.dim() - 1 - num_axes
-        axes = [first + axis for axis in self.axes]
         mask = _present(observations, num_axes)
-        return self._pool(items, None if mask is None else mask.expand(items.shape[:-1]), axes)
+        mask = None if mask is None else mask.expand(items.shape[:-1])
+        for axis, size in self.pooling.vector.items():
+            items, mask = _as_vector(items, mask, first + axis, size)
+        if not self.pooling.items:
+            return self.reader(items)
+        return self._pool(items, mask, [first + axis for axis in self.pooling.items])
 
     def _pool(self, items: Tensor, mask: Tensor | None, axes: list[int]) -> Tensor:
         """Move the plates' axes to the end, read them as one axis of items, and put the plates back."""
         kept = [axis for axis in range(items.dim() - 1) if axis not in axes]
         moved = items.permute(*kept, *axes, items.dim() - 1).flatten(len(kept), -2)
         moved_mask = None if mask is None else mask.permute(*kept, *axes).flatten(len(kept))
-        if self.keeps_plate:
+        if self.pooling.order == "step":
             return self.reader(moved, moved_mask).movedim(-2, axes[0])
-        features = (
-            self.reader.summary(moved, moved_mask)
-            if isinstance(self.reader, SequenceEncoder)
-            else self.reader(moved, moved_mask)
-        )
-        for axis in sorted(axes):
+        read = self.reader.summary if isinstance(self.reader, SequenceEncoder) else self.reader
+        features = read(moved, moved_mask)
+        for axis in axes:
             features = features.unsqueeze(axis)
         return features
+
+
+def _as_vector(items: Tensor, mask: Tensor | None, axis: int, size: int) -> tuple[Tensor, Tensor | None]:
+    """Join the items along an axis to one vector, which is there if any item is."""
+    if items.shape[axis] not in (1, size):
+        raise DataError(
+            f"A plate of {size} indices that the model does not treat alike has {items.shape[axis]} in this batch. Keep its size, "
+            f"and mask what is missing."
+        )
+    items = items.expand(*items.shape[:axis], size, *items.shape[axis + 1 :])
+    vector = items.movedim(axis, -2).flatten(-2).unsqueeze(axis)
+    return vector, None if mask is None else mask.any(axis, keepdim=True)
+
+
+class Mark(nn.Module):
+    """Tells a head which index of a plate, or which step of a series, it is at: a learned vector for each.
+
+    Args:
+        size: Number of indices.
+        axis: The plate's canonical axis, counted from the rows'; ``None`` for the steps of a series.
+    """
+
+    def __init__(self, size: int, axis: int | None) -> None:
+        super().__init__()
+        self.axis = axis
+        self.num_features = min(size, _NUM_MARKS)
+        self.vectors = nn.Parameter(torch.randn(size, self.num_features))
+
+    def forward(self, step: int, num_axes: int) -> Tensor:
+        """Return ``[rows, inner plates, num_features]``, of size 1 but along the plate."""
+        if self.axis is None:
+            return self.vectors[step].reshape(*(1,) * num_axes, -1)
+        shape = [1] * num_axes
+        shape[self.axis] = -1
+        return self.vectors.reshape(*shape, self.num_features)
 
 
 def _present(observations: Sequence[Observation], num_axes: int) -> Tensor | None:

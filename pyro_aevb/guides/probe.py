@@ -154,6 +154,10 @@ class Probe:
         observed = tuple(site.name for site in self.structure.select("observed"))
         return self._read_nodes(nodes, arguments, (*observed, *arguments), handler.given)
 
+    def run_quietly(self, args: Args, kwargs: Kwargs) -> Nodes:
+        """Run the model on another batch and return its sites."""
+        return self._run(args, kwargs, {})[0]
+
     def always_run(self) -> None:
         """Run the model for every batch."""
         self._doors = None
