@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from model_classes.base import Batch, ModelClass, Moments, draw
-from model_classes.oracles import nuts, quadrature
+from model_classes.oracles import draw_chains, nuts, quadrature, summarize
 from pyro import poutine
 from torch import Tensor
 
@@ -51,6 +51,27 @@ def decoder_weights(x: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         loc = z[..., None] * loading[..., None, :] + offset[..., None, :]
         pyro.sample("x", dist.Normal(loc, 0.5).to_event(1), obs=x)
+
+
+def decoder_weights_posterior(model, args, kwargs):
+    """Draw the weights by NUTS with z integrated out, then average the exact moments of z given each draw."""
+
+    def marginal(x: Tensor) -> None:
+        with pyro.plate("features", x.shape[1]):
+            loading = pyro.sample("loading", dist.LogNormal(0.0, 0.5))
+            offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
+        covariance = loading[:, None] * loading + 0.25 * torch.eye(len(loading))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.MultivariateNormal(offset, covariance), obs=x)
+
+    chains = draw_chains(marginal, args, kwargs)
+    moments, quality = summarize(chains)
+    loading, offset = chains["loading"][:, :, None], chains["offset"][:, :, None]
+    variance = 1 / (1 + (loading**2).sum(-1) / 0.25)
+    mean = variance * ((args[0].double() - offset) * loading).sum(-1) / 0.25
+    of_mean, quality_of_mean = summarize({"z": mean})
+    moments["z"] = Moments(of_mean["z"].mean, (variance.mean((0, 1)) + of_mean["z"].sd ** 2).sqrt())
+    return moments, {**quality, **quality_of_mean}
 
 
 def globals_ragged(x: Tensor, present: Tensor) -> None:
@@ -131,7 +152,16 @@ GLOBALS = [
     ModelClass("globals_ragged", 4, globals_ragged, globals_ragged_data, nuts, "nuts", joint=True, num_rows=40),
     ModelClass("globals_counts", 4, globals_counts, _of(globals_counts, 4), nuts, "nuts", joint=True, num_rows=40),
     ModelClass("regression", 4, regression, regression_data, of_all_rows, joint=True, num_rows=60),
-    ModelClass("decoder_weights", 4, decoder_weights, _of(decoder_weights, 3), nuts, "nuts", joint=True, num_rows=40),
+    ModelClass(
+        "decoder_weights",
+        4,
+        decoder_weights,
+        _of(decoder_weights, 3),
+        decoder_weights_posterior,
+        "nuts",
+        joint=True,
+        num_rows=40,
+    ),
     ModelClass(
         "learned_offset",
         4,

@@ -64,8 +64,8 @@ def nested_counts(x: Tensor) -> None:
 def nested_counts_posterior(model, args, kwargs):
     """Integrate each member's latent given the group's, then the group's, by the trapezoid rule."""
     x = args[0].double()[:, :, None, None]  # groups, members, nodes of theta, nodes of z
-    theta = torch.linspace(-5, 6, 401).double()[:, None]
-    z = torch.linspace(-7, 7, 601).double()
+    theta = torch.linspace(-5, 6, 161).double()[:, None]
+    z = torch.linspace(-7, 7, 241).double()
     member = dist.Normal(theta, 0.5).log_prob(z) + dist.Poisson(z.exp()).log_prob(x)
     evidence = member.logsumexp(-1)
     group = (dist.Normal(0.5, 0.8).log_prob(theta[:, 0]) + evidence.sum(1)).softmax(-1)

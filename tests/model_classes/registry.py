@@ -34,5 +34,5 @@ ENTRIES = (
     *IMAGES,
 )
 
-REGISTRY: dict[str, ModelClass] = {entry.name: entry for entry in ENTRIES if entry.method != "nuts"}
+REGISTRY: dict[str, ModelClass] = {entry.name: entry for entry in ENTRIES}
 """Entries by name."""
