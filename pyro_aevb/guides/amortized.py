@@ -200,9 +200,7 @@ class LocalGuide(nn.Module):
         marks = list(cast(Iterable[Mark], self.marks[index]))
         width += sum(mark.num_features for mark in marks)
         outputs = cast(Family, self.families[index]).num_outputs
-        return Head(
-            max(width, 1), outputs, is_linear=not unit.parents and not len(self.marks[index]) and len(reads) <= 1
-        )
+        return Head(max(width, 1), outputs, is_linear=not unit.parents and not marks and len(reads) <= 1)
 
     def _slot_width(self, slot: Times) -> int:
         """Return the number of inputs of one slot of sampled parents."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pyro import poutine
@@ -127,6 +127,7 @@ def read_model(model: PyroProgram, data_plate: str | None, args: Args, kwargs: K
     return built, example
 
 
+@runtime_checkable
 class Maker(Protocol):
     """What is asked of the guide that is built."""
 

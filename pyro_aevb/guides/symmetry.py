@@ -7,16 +7,17 @@ alike: a plate of exchangeable observations does, a plate of features with weigh
 from typing import Any
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
-from pyro_aevb._types import Args, Kwargs
+from pyro_aevb._types import Args, Kwargs, SiteDistribution
 from pyro_aevb.errors import AEVBError, ModelError
 from pyro_aevb.guides.coordinates import feasible
 from pyro_aevb.guides.layout import Layout
 from pyro_aevb.guides.plan import Unit
 from pyro_aevb.guides.probe import Probe, Reading
 from pyro_aevb.program.batch import batch_rows, take_rows
-from pyro_aevb.program.sites import Nodes, unmasked_value
+from pyro_aevb.program.sites import Nodes
 from pyro_aevb.program.structure import Structure
 
 __all__ = ["asymmetric_plates", "uneven_units"]
@@ -101,7 +102,7 @@ def _listed(sites: dict[str, tuple[bool, tuple[int, ...], list[str]]]) -> str:
 
 def _is_mirrored(node: Any, other: Any, start: int, layout: Layout, structure: Structure) -> bool:
     """Tell whether a site's densities are those of the mirrored run, read backwards."""
-    first, second = (each["fn"].log_prob(unmasked_value(each)).expand(each["fn"].batch_shape) for each in (node, other))
+    first, second = (_density(each["fn"]) for each in (node, other))
     site = structure.sites[node["name"]]
     if start and structure.data_dim is not None:
         first = first.narrow(structure.data_dim, start, first.shape[structure.data_dim] - start)
@@ -109,6 +110,13 @@ def _is_mirrored(node: Any, other: Any, start: int, layout: Layout, structure: S
     return first.shape == second.shape and torch.allclose(
         first, second.flip(dims), rtol=1e-4, atol=1e-4, equal_nan=True
     )
+
+
+def _density(fn: SiteDistribution) -> Tensor:
+    """Return a distribution's log density at one point, which tells its parameters apart whatever was observed."""
+    while isinstance(fn, MaskedDistribution):
+        fn = fn.base_dist
+    return fn.log_prob(feasible(fn)).expand(fn.batch_shape)
 
 
 def uneven_units(structure: Structure, units: tuple[Unit, ...], example: Reading) -> frozenset[int]:
