@@ -165,7 +165,7 @@ def plot_imputations(
     known = originals.masked_fill(~observed, 0.0)[None]
     figure = plot_reconstructions(
         originals,
-        torch.cat([known, copies]) if copies.shape[1:] == originals.shape else copies,
+        torch.cat([known, copies]) if copies.shape[1:] == originals.shape else fills,
         names=names if names is not None else ["original", "known", *many],
         title=title,
     )
