@@ -9,23 +9,15 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import MultivariateStudentT
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
-from torch.distributions import (
-    Independent,
-    LowRankMultivariateNormal,
-    MultivariateNormal,
-    StudentT,
-    TransformedDistribution,
-    constraints,
-)
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
 from pyro_aevb.errors import SettingError
 from pyro_aevb.program.batch import batch_rows, take_rows
 from pyro_aevb.program.particles import ParticleAxes, SiteRecord, as_draws, run_program
+from pyro_aevb.program.quantiles import AtQuantile
 from pyro_aevb.program.rows import Rows, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
 from pyro_aevb.program.structure import read_structure
@@ -109,7 +101,8 @@ def embed(
     """Return the median of each latent in the guide, each site given the medians of those before it.
 
     A transformed distribution gets the image of its base's median, which is its median where the transform acts on each entry
-    alone. Families without a closed form (Gamma, Beta, ...) get the median of 101 draws under a fixed seed.
+    alone. Families without a closed form (Gamma, Beta, ...) get the median of 101 draws under a fixed seed, those on circles and
+    spheres their mean direction.
 
     Returns:
         ``{site: [rows, ...]}``, globals ``[...]``.
@@ -217,51 +210,18 @@ class _Draws:
 
     def medians(self, args: Args, kwargs: Kwargs, axes: ParticleAxes) -> list[SiteRecord]:
         """Return the guide's medians."""
-        with _Medians():
+        with AtQuantile():
             return self.latents(args, kwargs, axes)
 
     def means(self, args: Args, kwargs: Kwargs, axes: ParticleAxes) -> list[SiteRecord]:
         """Return the likelihood's means at the guide's medians."""
-        with _Medians():
+        with AtQuantile():
             values = {name: site.value for name, site in self.rows.sample_guide(args, kwargs, axes).items()}
         with _Means({site.name for site in self.structure.select("observed")}):
             return self._observed(self.program.simulate_model(args, kwargs, axes, values))
 
     def _observed(self, records: dict[str, SiteRecord]) -> list[SiteRecord]:
         return [records[site.name] for site in self.structure.select("observed")]
-
-
-class _Medians(Messenger):
-    """Set sampled sites to the median of their distribution."""
-
-    def _pyro_sample(self, message: Message) -> None:
-        if not message["is_observed"] and message["value"] is None and type(message["fn"]).__name__ != "_Subsample":
-            fn: SiteDistribution = message["fn"]
-            message["value"] = _median(fn)
-            message["done"] = True
-
-
-_SYMMETRIC = (LowRankMultivariateNormal, MultivariateNormal, MultivariateStudentT, StudentT)
-"""Families without a quantile function whose median is their location."""
-
-
-def _median(fn: SiteDistribution) -> Tensor:
-    shape = fn.batch_shape + fn.event_shape
-    if isinstance(fn, _SYMMETRIC):
-        return fn.loc
-    if isinstance(fn, Independent) or type(fn).__name__ in ("MaskedDistribution", "ExpandedDistribution"):
-        return _median(fn.base_dist).expand(shape)
-    if isinstance(fn, TransformedDistribution) and all(transform.bijective for transform in fn.transforms):
-        value = _median(fn.base_dist)
-        for transform in fn.transforms:
-            value = transform(value)
-        return value.expand(shape)
-    try:
-        return fn.icdf(torch.tensor(0.5)).expand(shape)
-    except NotImplementedError:
-        # torch reads an expanded tensor's median off wrong memory
-        value = fn.sample((101,)).contiguous().median(0).values
-        return value / value.sum(-1, keepdim=True) if fn.support is constraints.simplex else value
 
 
 class _Means(Messenger):
