@@ -244,8 +244,8 @@ class Probe:
         index = indices.get(self.structure.data_plate or "")
         if self.structure.data_plate is None:
             argument = argument[None]
-        elif index is not None and len(argument) == self.structure.full_size != len(index):
-            argument = argument[index]
+        elif index is not None and len(argument) > len(index):
+            argument = argument[index]  # the model takes its rows out of all of them
         value = self.layout.rows(argument, self.argument_plates.get(name, ()))
         return Observation(value, ~value.isnan() if name in self.nan_arguments else None)
 

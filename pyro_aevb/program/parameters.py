@@ -28,7 +28,7 @@ from pyro_aevb.errors import AEVBWarning, ParameterError, warn_user
 from pyro_aevb.program.reach import code_names, find_modules, modules_below
 from pyro_aevb.randomness import preserved_rng
 
-__all__ = ["Program", "detaching", "evaluating", "preserved_buffers", "preserved_state"]
+__all__ = ["Program", "detaching", "evaluating", "preserved_buffers", "preserved_param_store", "preserved_state"]
 
 
 @contextmanager
@@ -62,14 +62,31 @@ def preserved_state(modules: Iterable[nn.Module], *, evaluate: bool = True) -> I
         modules: Modules whose buffers and modes are restored.
         evaluate: Whether to run the block in eval mode, so that BatchNorm accepts single rows and dropout is off.
     """
-    store = pyro.get_param_store()
     with ExitStack() as stack:
         stack.enter_context(preserved_buffers(modules))
-        stack.enter_context(store.scope(state=store.get_state()))
+        stack.enter_context(preserved_param_store())
         stack.enter_context(_isolated())
         if evaluate:
             stack.enter_context(evaluating(*modules))
         yield
+
+
+@contextmanager
+def preserved_param_store() -> Iterator[None]:
+    """Leave the global param store as it was before the block, which sees its parameters.
+
+    Pyro's own scope takes the attribute ``unconstrained`` from them, which the trace of an SVI step outside still needs.
+    """
+    store = pyro.get_param_store()
+    references = [
+        (item, vars(item)["unconstrained"]) for _, item in store.named_parameters() if "unconstrained" in vars(item)
+    ]
+    try:
+        with store.scope(state=store.get_state()):
+            yield
+    finally:
+        for item, reference in references:
+            item.unconstrained = reference  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import AEVBError, DataError, ModelError, NonFiniteError
 from pyro_aevb.program.batch import batch_rows, explained, take_rows
 from pyro_aevb.program.importance import ImportanceProgram, find_non_finite
-from pyro_aevb.program.parameters import evaluating
+from pyro_aevb.program.parameters import evaluating, preserved_param_store
 from pyro_aevb.program.particles import ParticleAxes, Records
 from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.randomness import seeded
@@ -29,13 +29,12 @@ def inferring(seed: int | None, *programs: PyroProgram) -> Iterator[None]:
 
     A ``PyroModule`` copies its tensors to the store as it runs, where another module of equal names would take them up.
     """
-    store = pyro.get_param_store()
     with ExitStack() as stack:
         stack.enter_context(seeded(seed))
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(*programs))
         stack.enter_context(pyro.validation_enabled(False))
-        stack.enter_context(store.scope(state=store.get_state()))
+        stack.enter_context(preserved_param_store())
         yield
 
 

@@ -1,6 +1,7 @@
 """A module and its data are made ready for each other before the first step."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from pyro.infer.autoguide.effect import AutoMessenger
 
 from pyro_aevb.errors import AEVBError, DataError, GuideError, SettingError
 from pyro_aevb.guides.base import AmortizedGuide
-from pyro_aevb.program.batch import explained
+from pyro_aevb.guides.inputs import STANDARDISING_ROWS
+from pyro_aevb.program.batch import explained, take_rows
 from pyro_aevb.program.rows import check_finite, located
 from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.program.structure import Structure
@@ -69,6 +71,7 @@ def build(module: ObjectiveModule, batch: Batch) -> None:
 def _build(module: ObjectiveModule, source: BatchSource, batch_size: int | None) -> Batch:
     """Build on the first batch; a model that needs all rows at once is tried with them."""
     batch = source.first()
+    _build_guide(module, source)
     try:
         build(module, batch)
     except AEVBError as error:
@@ -80,6 +83,17 @@ def _build(module: ObjectiveModule, source: BatchSource, batch_size: int | None)
         except AEVBError:
             raise error from error.__cause__
     return batch
+
+
+def _build_guide(module: ObjectiveModule, source: BatchSource) -> None:
+    """Let a guide that builds itself standardise its inputs by rows from all over the data, rather than by the first batch."""
+    guide, whole = getattr(module.guide, "__self__", module.guide), source.whole()
+    if not isinstance(guide, AmortizedGuide) or guide.is_built or whole is None:
+        return
+    rows = torch.linspace(0, whole.rows - 1, min(whole.rows, STANDARDISING_ROWS)).round().long()
+    args, kwargs = take_rows(whole.args, whole.kwargs, rows)
+    with suppress(AEVBError), module.program.building():  # a model that takes no other number of rows gets the first batch
+        guide.build(*args, **kwargs)
 
 
 def _check_rows_of_guide(module: ObjectiveModule, structure: Structure, source: BatchSource) -> None:
