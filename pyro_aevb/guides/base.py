@@ -18,6 +18,7 @@ from pyro_aevb.guides.coordinates import Coordinates
 from pyro_aevb.guides.families import Circular, Diagonal, Family, Flow, FullCovariance, Spherical, neural_spline_flow
 from pyro_aevb.guides.global_latents import GlobalGuide
 from pyro_aevb.guides.probe import Reading
+from pyro_aevb.guides.refinement import RefinableGuide
 from pyro_aevb.program.batch import batch_rows
 from pyro_aevb.program.structure import PlateFrame, Site
 
@@ -28,7 +29,7 @@ _GLOBAL_GUIDES = ("normal", "multivariate_normal", "flow")
 Encoders = nn.Module | Mapping[str, nn.Module] | None
 
 
-class AmortizedGuide(AutoGuide):
+class AmortizedGuide(RefinableGuide):
     """Base of guides whose encoders are built from the model, in the protocol of :class:`pyro.infer.autoguide.AutoGuide`.
 
     A subclass chooses the family of each latent. The model is run at most five times when the guide is built, with one batch:
@@ -159,16 +160,12 @@ class AmortizedGuide(AutoGuide):
         for part in networks.of_globals:
             values |= cast(GlobalGuide, part).sample(enter, args, kwargs)
         row = Row(reading, values, self._supports(reading), networks.like)
-        offsets = self.offsets(args, kwargs)
+        offsets = self.offsets(args, kwargs, reading.indices.get(built.structure.data_plate or ""))
         for name in built.order:
             with ExitStack() as stack:
                 enter(stack, built.structure.sites[name])
                 values[name] = pyro.sample(name, networks.of_locals(name, row, offsets.get(name)))
         return values
-
-    def offsets(self, args: Args, kwargs: Kwargs) -> Values:
-        """Return what is added to the parameters of latents' families, rows' own variational parameters; here none."""
-        return {}
 
     def _supports(self, reading: Reading) -> dict[str, Constraint]:
         """Return the support of each latent; of those whose ends are computed from arguments that in this batch."""
