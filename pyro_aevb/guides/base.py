@@ -1,10 +1,12 @@
 """Amortized guides that build themselves from a model: the protocol of Pyro's automatic guides, shared by all families."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, cast
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
@@ -15,10 +17,12 @@ from pyro_aevb.errors import GuideError, SettingError
 from pyro_aevb.guides.amortized import Row
 from pyro_aevb.guides.building import Built, Networks, build_networks, read_model
 from pyro_aevb.guides.coordinates import Coordinates
+from pyro_aevb.guides.explaining import Explanation, explain, graph_text, write_graph
 from pyro_aevb.guides.families import Circular, Diagonal, Family, Flow, FullCovariance, Spherical, neural_spline_flow
 from pyro_aevb.guides.global_latents import GlobalGuide
 from pyro_aevb.guides.probe import Reading
 from pyro_aevb.guides.refinement import RefinableGuide
+from pyro_aevb.guides.summaries import marginal_quantiles, medians
 from pyro_aevb.program.batch import batch_rows
 from pyro_aevb.program.structure import PlateFrame, Site
 
@@ -123,6 +127,11 @@ class AmortizedGuide(RefinableGuide):
         return type(self).__name__
 
     @property
+    def is_built(self) -> bool:
+        """Whether the model has been read and every parameter made."""
+        return self._built is not None
+
+    @property
     def built(self) -> Built:
         """What was read from the model.
 
@@ -167,6 +176,97 @@ class AmortizedGuide(RefinableGuide):
                 values[name] = pyro.sample(name, networks.of_locals(name, row, offsets.get(name)))
         return values
 
+    def explain(self) -> Explanation:
+        """Say how each latent is guided: its support, family, what it is given, and by which networks.
+
+        Returns:
+            A table that prints as text, a line for each latent; the steps of a series share one.
+
+        Raises:
+            GuideError: If the guide has not been built.
+
+        Example:
+            >>> from pyro_aevb import AutoAmortizedNormal
+            >>> def model(x):
+            ...     with pyro.plate("data", len(x)):
+            ...         z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            ...         pyro.sample("x", dist.Poisson(z), obs=x)
+            >>> print(AutoAmortizedNormal(model).build(torch.tensor([0.0, 3.0])).explain())
+            AutoAmortizedNormal: data plate 'data', 2 rows when it was built; ... parameters
+            latent | support  | family | parents | observations | encoder
+            -------+----------+--------+---------+--------------+-------------
+            z      | (0, inf) | Normal | -       | x            | MLPEncoder 1
+        """
+        return explain(self.name, self.built, self.networks)
+
+    def render(self, filename: str | Path | None = None) -> str:
+        """Draw the guide's graph: what each latent is given, in the style of ``pyro.render_model``.
+
+        Latents are white, observed sites grey, arguments boxes, plates clusters; a dashed edge, with the plates as its label, is
+        from instances that are read together.
+
+        Args:
+            filename: Where to write it: text to a name ending in .dot or .gv, a picture to others if Graphviz is installed.
+
+        Returns:
+            The graph in Graphviz's language.
+
+        Raises:
+            GuideError: If the guide has not been built.
+            SettingError: If a picture is asked for and Graphviz is not installed.
+        """
+        text = graph_text(self.built)
+        if filename is not None:
+            write_graph(text, filename)
+        return text
+
+    def median(self, *args: Any, **kwargs: Any) -> Values:
+        """Return the median of each latent, each site given the medians of those before it.
+
+        That is :func:`~pyro_aevb.embed` for one batch, in the shapes that the guide's own call returns. A family that maps a
+        normal or a flow to a support gives the image of the base's median, those on circles and spheres their mean direction.
+
+        Args:
+            *args: The batch, as positional arguments of the model.
+            **kwargs: The batch, as keyword arguments of the model.
+
+        Returns:
+            ``{site: value}``, without gradient. No noise is drawn, and outer handlers see nothing.
+        """
+        self.build(*args, **kwargs)
+        return medians(self, args, kwargs)
+
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> Values:
+        """Return quantiles of each latent's marginal distribution q(z | x), other latents averaged out.
+
+        They are in closed form where a latent depends on no sampled one and its family is normal up to maps of each entry alone,
+        else interpolated between order statistics of 1,000 joint draws under a fixed seed (a quantile at level p has a standard
+        error of sqrt(p (1 - p) / 1000) in probability). Circles are cut at pi.
+
+        Args:
+            quantiles: Levels between 0 and 1.
+            *args: The batch, as positional arguments of the model.
+            **kwargs: The batch, as keyword arguments of the model.
+
+        Returns:
+            ``{site: [levels, *shape]}``, shapes as the guide's own call returns them, without gradient. Random generators stay as
+            they were, and outer handlers see nothing.
+
+        Raises:
+            SettingError: If a level does not lie between 0 and 1.
+
+        Example:
+            >>> from pyro_aevb import AutoAmortizedNormal
+            >>> def model(x):
+            ...     with pyro.plate("data", len(x)):
+            ...         z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            ...         pyro.sample("x", dist.Poisson(z), obs=x)
+            >>> AutoAmortizedNormal(model).quantiles([0.05, 0.5, 0.95], torch.tensor([0.0, 3.0]))["z"].shape
+            torch.Size([3, 2])
+        """
+        self.build(*args, **kwargs)
+        return marginal_quantiles(self, self.built, quantiles, args, kwargs)
+
     def _supports(self, reading: Reading) -> dict[str, Constraint]:
         """Return the support of each latent; of those whose ends are computed from arguments that in this batch."""
         sites = self.built.structure.select("latent")
@@ -183,19 +283,24 @@ class AmortizedGuide(RefinableGuide):
         plates: dict[str, pyro.plate] = {} if master is None else dict(master.plates)
         for name, (size, count) in built.probe.drawn.items():
             if name not in plates:
-                if count == built.rows and name == built.structure.data_plate:
-                    count = batch_rows(args, kwargs) or count
+                if name == built.structure.data_plate:  # sized by the batch, if it was when the guide was built
+                    rows = batch_rows(args, kwargs) or count
+                    size, count = (rows if number == built.rows else number for number in (size, count))
                 plates[name] = pyro.plate(name, size, subsample_size=count, dim=built.dims[name])
         indices = {name: plate._indices for name, plate in plates.items() if plate._indices is not None}
         drawn = {name: index for name, index in indices.items() if name in built.probe.drawn}
         reading = built.probe.read(args, kwargs, built.sources, drawn)
         for name, frame in reading.frames.items():
-            if name not in plates and frame.dim is not None:
+            if name in plates:
+                _check_plate(plates[name], frame, reading.indices.get(name))
+            elif frame.dim is not None:
                 plates[name] = _open_plate(frame, reading.indices.get(name))
         return plates, reading
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: all but the list that the guide is part of. Pyro's own would unset the model of this object."""
+        for parameter in self.parameters():  # a weak reference of the param store, set anew each time it is asked
+            vars(parameter).pop("unconstrained", None)
         return {**self.__dict__, "master": None}
 
 
@@ -203,6 +308,18 @@ def _open_plate(frame: PlateFrame, index: Tensor | None) -> pyro.plate:
     if frame.size == frame.full_size:
         return pyro.plate(frame.name, frame.size, dim=frame.dim)
     return pyro.plate(frame.name, frame.full_size, subsample=index, dim=frame.dim)
+
+
+def _check_plate(plate: pyro.plate, frame: PlateFrame, index: Tensor | None) -> None:
+    """Refuse a plate of a list of guides, made from its first batch, that does not hold the rows of this one."""
+    own = plate._indices
+    if plate.subsample_size == frame.size and (index is None or own is None or torch.equal(own.to(index), index)):
+        return
+    raise GuideError(
+        f"The AutoGuideList opens the plate {frame.name!r} as its first batch had it, on {plate.subsample_size} of {plate.size} "
+        f"indices, and the model has {frame.size} others in this batch. Give it the plates of each batch: AutoGuideList(model, "
+        f"create_plates=lambda x: pyro.plate({frame.name!r}, len(x), dim={frame.dim}))."
+    )
 
 
 def _check_encoder(encoder: object) -> None:

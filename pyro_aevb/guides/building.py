@@ -98,6 +98,7 @@ def read_model(model: PyroProgram, data_plate: str | None, args: Args, kwargs: K
         ModelError: If the model is not supported.
     """
     structure = read_structure(model, args, kwargs, data_plate=data_plate)
+    _check_observed(structure)
     dependencies = read_dependencies(model, args, kwargs, structure)
     layout = read_layout(structure)
     probe = Probe(model, structure, layout)
@@ -243,6 +244,18 @@ def _plates_of_argument(
             if shape[: len(inner)] == tuple(frame.size for frame in inner) and len(inner) > len(best):
                 best = tuple(frame.name for frame in inner)
     return best
+
+
+def _check_observed(structure: Structure) -> None:
+    """Refuse a model whose rows show no observation, as a part of a list of guides that exposes its latents does."""
+    sites = [site.name for site in structure.select("latent", is_local=True)]
+    if structure.data_plate is None or not sites or structure.select("observed") or structure.select("factor"):
+        return
+    raise GuideError(
+        f"The model shows no observation that its latents {sites} could be guided by. In an AutoGuideList hide what other parts "
+        f"guide, poutine.block(model, hide=[...]), rather than expose what this part guides, which hides the observations too.",
+        site=sites[0],
+    )
 
 
 def _moving_supports(structure: Structure, example: Reading) -> frozenset[str]:

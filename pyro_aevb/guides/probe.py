@@ -162,6 +162,11 @@ class Probe:
         """Run the model for every batch."""
         self._doors = None
 
+    @property
+    def runs_model(self) -> bool:
+        """Whether the model is run to read a batch."""
+        return self._doors is None
+
     def read(self, args: Args, kwargs: Kwargs, sources: Collection[str], indices: Values) -> Reading:
         """Read a batch: from its arguments where they tell everything, else from a run of the model.
 
