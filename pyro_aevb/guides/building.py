@@ -23,7 +23,7 @@ from pyro_aevb.guides.symmetry import asymmetric_plates, uneven_units
 from pyro_aevb.guides.wiring import Node, Source, sampling_order, wire
 from pyro_aevb.program.batch import batch_rows
 from pyro_aevb.program.dependencies import Dependencies, read_dependencies
-from pyro_aevb.program.structure import Structure, read_structure
+from pyro_aevb.program.structure import Structure, decide_imputed, read_structure
 from pyro_aevb.randomness import seeded
 
 __all__ = ["Built", "Networks", "build_networks", "read_model"]
@@ -97,9 +97,10 @@ def read_model(model: PyroProgram, data_plate: str | None, args: Args, kwargs: K
     Raises:
         ModelError: If the model is not supported.
     """
-    structure = read_structure(model, args, kwargs, data_plate=data_plate)
+    structure = read_structure(model, args, kwargs, data_plate=data_plate, decides_imputed=False)
     _check_observed(structure)
     dependencies = read_dependencies(model, args, kwargs, structure)
+    structure = decide_imputed(structure, dependencies.parents)
     layout = read_layout(structure)
     probe = Probe(model, structure, layout)
     probe.argument_plates = {

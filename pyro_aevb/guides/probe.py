@@ -76,28 +76,30 @@ class _Feasible(Messenger):
             message["value"], message["done"] = feasible(fn), True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Door:
-    """How an observed value is seen in an argument: as the whole of it, or through strides.
+    """How an observed value is seen in an argument: as the whole of it, or as some entries of each row.
 
     Attributes:
         argument: Name of the argument.
-        view: Shape, strides and offset of the view; ``None`` for the whole argument.
-        rows_axis: Axis of the view along which rows lie.
+        entries: Which entries of a flattened row the value holds, in the value's shape without rows; ``None`` for the argument.
+        span: First entry and the one behind the last, where they lie side by side.
+        rows_axis: Axis of the value along which rows lie.
     """
 
     argument: str
-    view: tuple[tuple[int, ...], tuple[int, ...], int] | None
-    rows_axis: int
+    entries: Tensor | None = None
+    span: tuple[int, int] | None = None
+    rows_axis: int = 0
 
     def read(self, arguments: Values) -> Tensor:
         """Return the observed value in other arguments of the same shapes."""
         argument = arguments[self.argument]
-        if self.view is None:
+        if self.entries is None:
             return argument
-        shape, strides, offset = self.view
-        shape = (*shape[: self.rows_axis], len(argument), *shape[self.rows_axis + 1 :])
-        return torch.as_strided(argument.contiguous(), shape, strides, offset)
+        rows = argument.reshape(len(argument), -1)
+        chosen = rows[:, slice(*self.span)] if self.span else rows[:, self.entries.flatten().to(rows.device)]
+        return chosen.reshape(len(argument), *self.entries.shape).movedim(0, self.rows_axis)
 
 
 def bind(model: PyroProgram, args: Args, kwargs: Kwargs) -> Values:
@@ -282,19 +284,25 @@ def _find_door(observed: Any, arguments: Values) -> _Door | None:
         return None
     for name, argument in arguments.items():
         if observed is argument:
-            return _Door(name, None, 0)
+            return _Door(name)
         same = observed.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
-        if not same or not argument.is_contiguous() or argument.storage_offset() or observed.dtype != argument.dtype:
-            continue
-        rows = [
-            axis
-            for axis, (size, stride) in enumerate(zip(observed.shape, observed.stride(), strict=True))
-            if size == len(argument) and stride == argument.stride(0)
-        ]
-        if len(rows) == 1 and len(argument) > 1:
-            view = (tuple(observed.shape), tuple(observed.stride()), int(observed.storage_offset()))
-            return _Door(name, view, rows[0])
+        if same and argument.is_contiguous() and len(argument) > 1 and observed.dtype == argument.dtype:
+            return _entries_of(name, observed, argument)
     return None
+
+
+def _entries_of(name: str, observed: Tensor, argument: Tensor) -> _Door | None:
+    """Find which entries of each row a view shows; ``None`` if rows do not lie along one axis of it."""
+    sizes, strides = observed.shape, observed.stride()
+    rows = [axis for axis, size in enumerate(sizes) if (size, strides[axis]) == (len(argument), argument.stride(0))]
+    if len(rows) != 1:
+        return None
+    offset = int(observed.storage_offset() - argument.storage_offset())
+    numbers = torch.arange(argument.numel()).as_strided(sizes, strides, offset)
+    entries = numbers.select(rows[0], 0).clone()
+    first, stop = int(entries.min()), int(entries.max()) + 1
+    is_span = torch.equal(entries.flatten(), torch.arange(first, stop))
+    return _Door(name, entries, (first, stop) if is_span else None, rows[0])
 
 
 def _batch_mask(node: dict[str, Any]) -> Tensor | None:

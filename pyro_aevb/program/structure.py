@@ -1,5 +1,6 @@
 """Read a model once: its sites, plates, supports, what is local and what is global, and what is not supported."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from pyro_aevb.program.parameters import preserved_state
 from pyro_aevb.program.reach import find_modules
 from pyro_aevb.program.sites import Nodes, ReplayValues, sample_sites, unmasked_value, value_mask
 
-__all__ = ["PlateFrame", "Site", "Structure", "check_event_shape", "read_structure"]
+__all__ = ["PlateFrame", "Site", "Structure", "check_event_shape", "decide_imputed", "read_structure"]
 
 Kind = Literal["latent", "observed", "factor", "imputed"]
 
@@ -135,6 +136,7 @@ def read_structure(
     *,
     guide: PyroProgram | None = None,
     data_plate: str | None = "auto",
+    decides_imputed: bool = True,
 ) -> Structure:
     """Run a model once on a batch and read its structure; random state, buffers and param store stay as they were.
 
@@ -145,6 +147,8 @@ def read_structure(
         guide: Its guide, run first, so that plates of both count.
         data_plate: Name of the plate whose indices are rows; ``"auto"`` for the plate called "data", else the only
             outermost plate with as many indices as the batch has rows; ``None`` to treat the whole model as one row.
+        decides_imputed: Whether to find out, by two more runs, if the unobserved half of an ``obs_mask`` site is a latent; else
+            :func:`decide_imputed` does.
 
     Returns:
         The structure.
@@ -163,15 +167,10 @@ def read_structure(
     dims = [-frame.dim for node in both for frame in node["cond_indep_stack"] if frame.dim is not None]
     nesting = max([0, *dims, *(len(node["fn"].batch_shape) for node in nodes.values())])
     sites = {name: _read_site(node, frame, nodes) for name, node in nodes.items()}
-    imputed = [name for name, site in sites.items() if site.kind == "imputed"]
-    if imputed:
-        values = {name: nodes[name]["value"] for name, site in sites.items() if site.kind in ("latent", "imputed")}
-        used = frozenset[str]().union(*prior_parents(model, values, args, kwargs).values())
-        sites |= {name: replace(sites[name], kind="latent") for name in imputed if name in used}
     for name, node in nodes.items():
         _check_site(sites[name], node)
     full_size = 1 if frame is None else frame.full_size or frame.size
-    return Structure(
+    structure = Structure(
         sites=sites,
         data_plate=frame.name if frame else None,
         data_dim=frame.dim if frame else None,
@@ -181,6 +180,27 @@ def read_structure(
         draws_own_rows=frame is not None and frame.size != full_size and offered == full_size,
         ranks={node["name"]: node["value"].dim() for node in both},
     )
+    if decides_imputed and structure.select("imputed"):
+        values = {name: nodes[name]["value"] for name, site in sites.items() if site.kind in ("latent", "imputed")}
+        structure = decide_imputed(structure, prior_parents(model, values, args, kwargs))
+    return structure
+
+
+def decide_imputed(structure: Structure, parents: Mapping[str, frozenset[str]]) -> Structure:
+    """Make the unobserved half of an ``obs_mask`` site a latent where another site depends on it.
+
+    Args:
+        structure: A model's structure.
+        parents: What each site's distribution is computed from.
+
+    Raises:
+        ModelError: If such a site is discrete.
+    """
+    used = frozenset[str]().union(*parents.values())
+    latent = {site.name: replace(site, kind="latent") for site in structure.select("imputed") if site.name in used}
+    for site in latent.values():
+        _check_continuous(site)
+    return replace(structure, sites=structure.sites | latent)
 
 
 def _read_nodes(model: PyroProgram, guide: PyroProgram | None, args: Args, kwargs: Kwargs) -> tuple[Nodes, Nodes]:
@@ -288,14 +308,18 @@ def _family(fn: SiteDistribution) -> str:
     return type(fn).__name__
 
 
-def _check_site(site: Site, node: dict[str, Any]) -> None:
-    """Refuse what is not supported, naming the site."""
+def _check_continuous(site: Site) -> None:
     if site.kind == "latent" and site.support.is_discrete:
         raise ModelError(
             f"Latent site {site.name!r} is discrete ({site.family}); only continuous latents can be reparameterized. Sum it out "
             f"by hand, or use pyro.infer.TraceEnum_ELBO.",
             site=site.name,
         )
+
+
+def _check_site(site: Site, node: dict[str, Any]) -> None:
+    """Refuse what is not supported, naming the site."""
+    _check_continuous(site)
     covered = {frame.dim for frame in node["cond_indep_stack"]}
     batch_shape = node["fn"].batch_shape
     if any(batch_shape[dim] > 1 and dim not in covered for dim in range(-len(batch_shape), 0)):
