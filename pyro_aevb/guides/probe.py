@@ -14,7 +14,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import ModelError
@@ -105,7 +105,7 @@ class _Door:
 def bind(model: PyroProgram, args: Args, kwargs: Kwargs) -> Values:
     """Return the tensor arguments of a program by name: the parameter's, ``args[0]`` without one, each with an ``@`` in front."""
     try:
-        bound = inspect.signature(model).bind(*args, **kwargs).arguments
+        bound = inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(*args, **kwargs).arguments
     except (TypeError, ValueError):
         bound = {"args": args, "kwargs": dict(kwargs)}
     named: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from functools import partial
 
 import pyro
@@ -20,8 +21,17 @@ from pyro_aevb.errors import GuideError
 GUIDES = (AutoAmortizedNormal, AutoAmortizedMultivariateNormal, AutoAmortizedFlow)
 every_guide = pytest.mark.parametrize("kind", GUIDES)
 
-KINDS = ["chain", "crossed", "globals_ragged", "label_covariate", "markov_loop", "nan_coded", "obs_mask_counts"]
-every_kind = pytest.mark.parametrize("entry", [pytest.param(REGISTRY[name], id=name) for name in KINDS])
+PAIRS = [
+    (AutoAmortizedNormal, "crossed"),
+    (AutoAmortizedMultivariateNormal, "globals_ragged"),
+    (AutoAmortizedFlow, "globals_ragged"),
+    (AutoAmortizedNormal, "label_covariate"),
+    (AutoAmortizedFlow, "markov_loop"),
+    (AutoAmortizedMultivariateNormal, "obs_mask_counts"),
+]
+every_kind = pytest.mark.parametrize(
+    ("kind", "entry"), [pytest.param(kind, REGISTRY[name], id=f"{kind.__name__} {name}") for kind, name in PAIRS]
+)
 
 
 def conjugate(x):
@@ -50,7 +60,7 @@ def batch_of(entry):
     return entry.batch() if entry.joint else entry.test_batch()
 
 
-def train(model, guide, loss, *batch, steps=200, learning_rate=0.03):
+def train(model, guide, loss, *batch, steps=150, learning_rate=0.03):
     optimizer = pyro.optim.ClippedAdam({"lr": learning_rate, "lrd": 0.01 ** (1 / steps)})
     svi = SVI(model, guide, optimizer, loss)
     return [svi.step(*batch) for _ in range(steps)]
@@ -79,8 +89,8 @@ class TestSVI:
 
     @pytest.mark.parametrize(
         "loss",
-        [Trace_ELBO(), Trace_ELBO(num_particles=5, vectorize_particles=True), TraceMeanField_ELBO(), SGVB()],
-        ids=["one draw", "five draws", "mean field", "ours"],
+        [Trace_ELBO(num_particles=5, vectorize_particles=True), TraceMeanField_ELBO(), SGVB()],
+        ids=["five draws", "mean field", "ours"],
     )
     def test_losses_reach_the_posterior(self, loss):
         guide = AutoAmortizedNormal(conjugate)
@@ -89,9 +99,10 @@ class TestSVI:
         assert (fn.mean - self.x / 2).abs().mean() < 0.05
         assert (fn.stddev - 0.5**0.5).abs().mean() < 0.05
 
-    @every_guide
     @every_kind
     def test_every_kind_of_model_takes_steps(self, kind, entry):
+        if entry.name == "obs_mask_counts":
+            warnings.filterwarnings("ignore", "Found vars in model but not guide")  # what is to be imputed
         args, kwargs = batch_of(entry)
         guide = kind(entry.model)
         optimizer = pyro.optim.Adam({"lr": 0.01})
@@ -114,18 +125,17 @@ class TestSVI:
         assert torch.corrcoef(torch.stack([z, x[rows]]))[0, 1] > 0.75
 
     def test_a_loss_as_a_module_in_a_loop(self):
-        for loss in (Trace_ELBO(), SGVB()):
-            guide = AutoAmortizedNormal(conjugate).build(self.x)
-            module = loss(conjugate, guide)
-            module(self.x)
-            optimizer = torch.optim.Adam(module.parameters(), lr=0.03)
-            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.977)
-            for _ in range(200):
-                optimizer.zero_grad()
-                module(self.x).backward()
-                optimizer.step()
-                schedule.step()
-            assert (guide.median(self.x)["z"] - self.x / 2).abs().mean() < 0.05
+        guide = AutoAmortizedNormal(conjugate).build(self.x)
+        module = SGVB(num_particles=5)(conjugate, guide)
+        module(self.x)
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.03)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
+        for _ in range(150):
+            optimizer.zero_grad()
+            module(self.x).backward()
+            optimizer.step()
+            schedule.step()
+        assert (guide.median(self.x)["z"] - self.x / 2).abs().mean() < 0.05
 
     @pytest.mark.parametrize("global_guide", [None, AutoNormal])
     def test_parameters_of_modules_that_keep_their_own(self, global_guide):
@@ -175,11 +185,12 @@ class TestAutoGuideList:
             guide.append(part)
         return guide
 
+    @pytest.mark.filterwarnings("ignore:Latent site")  # a part of globals alone sees no observation
     @pytest.mark.parametrize("is_first", [True, False])
     @pytest.mark.parametrize("part", [AutoDelta, AutoNormal, partial(AutoAmortizedFlow, data_plate=None)])
     def test_another_part_guides_the_globals(self, part, is_first):
         guide = self.make(part, is_first=is_first)
-        losses = train(with_globals, guide, Trace_ELBO(), self.x, steps=60)
+        losses = train(with_globals, guide, Trace_ELBO(), self.x, steps=40)
         assert sum(losses[-10:]) < sum(losses[:10])
         found = Predictive(with_globals, guide=guide, num_samples=5, parallel=True)(self.x)
         assert found["z"].shape == (5, 40)
@@ -228,16 +239,33 @@ class TestAutoGuideList:
                 guide(self.x)
 
 
+class Regression(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 3)
+
+    def forward(self, x, covariate):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(self.net(torch.stack([z, covariate], -1)), 1.0).to_event(1), obs=x)
+
+
 class TestArguments:
+    def test_covariates_of_a_module(self):
+        for model in (Regression(), Regression().forward):
+            guide = AutoAmortizedNormal(model).build(torch.randn(9, 3), torch.randn(9))
+            assert guide.explain().lines[0].observations == "x, argument covariate"
+            assert guide(torch.randn(4, 3), covariate=torch.randn(4))["z"].shape == (4,)
+
     def test_any_number_of_rows_by_position_or_name(self):
         guide = AutoAmortizedNormal(conjugate).build(x=torch.randn(30))
         for rows in (1, 2, 100):
             assert guide(torch.randn(rows))["z"].shape == guide(x=torch.randn(rows))["z"].shape == (rows,)
 
     @every_kind
-    def test_one_row(self, entry):
+    def test_one_row(self, kind, entry):
         args, kwargs = batch_of(entry)
-        guide = AutoAmortizedNormal(entry.model).build(*args, **kwargs)
+        guide = kind(entry.model).build(*args, **kwargs)
         few = guide(*(item[:1] for item in args), **{name: item[:1] for name, item in kwargs.items()})
         whole = guide(*args, **kwargs)
         assert few.keys() == whole.keys()
@@ -267,7 +295,6 @@ class TestArguments:
 
 
 class TestCopies:
-    @every_guide
     @every_kind
     def test_a_copy_and_the_original_stay_usable(self, kind, entry):
         args, kwargs = batch_of(entry)
@@ -289,7 +316,6 @@ class TestCopies:
         assert guide[0].master() is guide
         assert part(torch.randn(4))["z"].shape == (4,)
 
-    @every_guide
     @every_kind
     def test_a_state_dict_holds_all_that_draws_depend_on(self, kind, entry):
         args, kwargs = batch_of(entry)
