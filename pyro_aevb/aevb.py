@@ -1,18 +1,21 @@
 """The wrapper that a user meets: a model, a guide and an objective that belong together."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pyro.infer import ELBO
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_aevb._types import PyroProgram, Values
 from pyro_aevb.errors import FileError, SettingError
 from pyro_aevb.evidence.importance import log_marginal
 from pyro_aevb.evidence.result import LogMarginal
+from pyro_aevb.guides.base import AmortizedGuide
 from pyro_aevb.guides.normal import AutoAmortizedNormal
+from pyro_aevb.guides.saving import describe_guide, recall_guide, restore_guide
 from pyro_aevb.imputation.impute import impute
 from pyro_aevb.imputation.result import Imputation
 from pyro_aevb.objectives.base import Objective
@@ -252,27 +255,37 @@ class AEVB:
         Raises:
             FileError: If the file can't be written; an old file is left as it was.
         """
-        settings: dict[str, Any] = {"data_plate": self.data_plate, "objective": None}
+        settings: dict[str, Any] = {"data_plate": self.data_plate, "guide": None, "objective": None}
+        if isinstance(self.guide, AmortizedGuide):
+            settings["guide"] = describe_guide(self.guide)
         if isinstance(self.objective, Objective):
             settings["objective"] = [type(self.objective).__name__, self.objective.settings]
         save(self._module, path, settings, self._batch_shapes)
 
     @classmethod
     def load(
-        cls, path: str | Path, model: PyroProgram, *, guide: PyroProgram | None = None, objective: ELBO | None = None
+        cls,
+        path: str | Path,
+        model: PyroProgram,
+        *,
+        guide: PyroProgram | None = None,
+        objective: ELBO | None = None,
+        encoder: nn.Module | Mapping[str, nn.Module] | None = None,
     ) -> "AEVB":
-        """Read a saved file into a model and guide of the kind it was saved with.
+        """Read a saved file into a model and guide of the kind it was saved with; data are not needed.
 
         Args:
             path: The file.
             model: The model; its parameters are overwritten.
-            guide: The guide; its parameters are overwritten.
+            guide: The guide; its parameters are overwritten. By default the automatic guide that was saved.
             objective: The objective; by default the saved one, with a schedule replaced by its constant default.
+            encoder: Encoders of the saved automatic guide, if it was given any; their parameters are overwritten.
 
         Raises:
             FileError: If the file is damaged, of another version, or belongs to another model.
         """
         header = read_header(path)
+        guide = _read_guide(header["guide"], model, guide, encoder)
         if objective is None and header["objective"] is not None:
             name, settings = header["objective"]
             if name not in OBJECTIVES:
@@ -335,3 +348,21 @@ class AEVB:
             return function(
                 self.model, self.guide, *rows.args, data_plate=self._plate, **fixed, **options, **rows.kwargs
             )
+
+
+def _read_guide(
+    saved: Mapping[str, Any] | None,
+    model: PyroProgram,
+    guide: PyroProgram | None,
+    encoder: nn.Module | Mapping[str, nn.Module] | None,
+) -> PyroProgram:
+    """Return the guide of a saved file, made from its description unless it is given."""
+    if guide is not None and encoder is not None:
+        raise SettingError("encoder= belongs to the guide that the file describes; give it to guide= instead.")
+    if guide is None:
+        if saved is None:
+            raise FileError("The file was saved with a guide of the user's own: give it again, guide=...")
+        return restore_guide(saved, model, encoder)
+    if saved is not None and isinstance(guide, AmortizedGuide):
+        recall_guide(guide, saved)
+    return guide

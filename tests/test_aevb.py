@@ -554,5 +554,5 @@ class TestWrongFiles:
         self.refuse(path, "mystery")
 
     def test_a_guide_is_needed(self, path):
-        with pytest.raises(GuideError, match="guide"):
+        with pytest.raises(FileError, match="guide="):
             AEVB.load(path, Model())
