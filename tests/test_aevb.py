@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pyro_aevb import AEVB, IWELBO, SGVB, embed, log_marginal, posterior, predict, reconstruct
-from pyro_aevb.errors import FileError, GuideError, SettingError
+from pyro_aevb.errors import FileError, SettingError
 from pyro_aevb.testing import LinearGaussian, NormalNormal
 
 
