@@ -66,9 +66,9 @@ def read_scale(site: Site | None, example: Observation) -> Scale:
     if site.family == "Categorical":
         return Scale(num_classes=int(torch.as_tensor(support.upper_bound).max()) + 1)
     if support.is_discrete:
-        lower = getattr(support, "lower_bound", None)
-        is_count = lower is not None and bool((torch.as_tensor(lower) >= 0).all())
-        return Scale(is_count=is_count, is_bounded=not is_count)
+        ends_at = getattr(support, "lower_bound", 0 if isinstance(support, constraints.multinomial) else None)
+        is_count = ends_at is not None and bool((torch.as_tensor(ends_at) >= 0).all())
+        return Scale(is_count=is_count, is_bounded=support in (constraints.boolean, constraints.one_hot))
     return Scale(is_bounded=support is constraints.unit_interval)
 
 
