@@ -74,6 +74,9 @@ def explain(name: str, built: Built, networks: Networks) -> Explanation:
         name: The guide's class.
         built: What was read from the model.
         networks: The guide's parameters.
+
+    Returns:
+        A line for each latent, globals first.
     """
     structure = built.structure
     plate = "no data plate, the whole model is one row"

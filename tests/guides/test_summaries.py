@@ -128,6 +128,14 @@ class TestClosedForms:
         found = guide.quantiles(torch.tensor(LEVELS), self.x)["tau"]
         torch.testing.assert_close(found, torch.tensor(expected).float(), rtol=1e-4, atol=0.0)
 
+    def test_of_globals_whose_map_mixes_entries(self):
+        guide = scattered(AutoAmortizedMultivariateNormal(with_globals, init_scale=1.0).build(self.x))
+        found, count = guide.quantiles([0.2], self.x)["share"][0], 4000
+        with torch.no_grad(), pyro.plate("draws", count, dim=-2):
+            draws = guide(self.x)["share"].reshape(count, 3)
+        error = math.sqrt(0.2 * 0.8 * (1 / 1000 + 1 / count))
+        assert ((draws <= found).float().mean(0) - 0.2).abs().max() < 5 * error
+
     def test_in_double_precision(self):
         x = self.x.double()
         guide = scattered(AutoAmortizedNormal(scalar_model(lambda: dist.Normal(x.new_zeros(()), 1.0))).build(x))
