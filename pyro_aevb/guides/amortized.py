@@ -12,7 +12,7 @@ from torch.distributions.constraints import Constraint
 from pyro_aevb._types import SiteDistribution, Values
 from pyro_aevb.guides.coordinates import Coordinates
 from pyro_aevb.guides.families import Family
-from pyro_aevb.guides.inputs import Input, Observation, read_scale
+from pyro_aevb.guides.inputs import Input, Observation, Scale, read_scale
 from pyro_aevb.guides.layout import Layout
 from pyro_aevb.guides.networks import CustomEncoder, Encoder, Head, Mark, Pooling, SeriesEncoder, concatenate
 from pyro_aevb.guides.plan import Group, Series, Unit
@@ -39,6 +39,8 @@ class Blueprint:
         ordered: Inner plates that are read in order.
         asymmetric: Inner plates whose indices are not alike, so that networks are told which is which.
         uneven: Units, by index, whose steps are not alike.
+        inputs: How each input is read, and whether entries may be missing; ``None`` if the example tells.
+        with_units: Globals whose location and scale under q are known.
         encoders: Users' encoders by latent.
         make_family: Makes the family of a latent.
     """
@@ -51,6 +53,8 @@ class Blueprint:
     ordered: frozenset[str]
     asymmetric: frozenset[str]
     uneven: frozenset[int]
+    inputs: tuple[tuple[Scale, bool], ...] | None
+    with_units: frozenset[str]
     encoders: Mapping[str, nn.Module]
     make_family: Callable[[Coordinates], Family]
 
@@ -63,6 +67,7 @@ class Row:
         reading: What the batch says.
         values: Latents sampled so far.
         supports: Supports of the latents.
+        units: Location and scale of globals under q, as :meth:`~pyro_aevb.guides.coordinates.Coordinates.inputs` takes them.
         like: A tensor of the networks' type and device.
         features: Features by encoder.
     """
@@ -70,6 +75,7 @@ class Row:
     reading: Reading
     values: Values
     supports: Mapping[str, Constraint]
+    units: Mapping[str, tuple[Tensor, Tensor]]
     like: Tensor
     features: dict[int, Tensor] = field(default_factory=dict)
 
@@ -85,6 +91,7 @@ class LocalGuide(nn.Module):
         super().__init__()
         self.structure, self.layout, self.units = blueprint.structure, blueprint.layout, blueprint.units
         self.masked = frozenset(blueprint.example.masks)
+        self.with_units = blueprint.with_units
         self.inputs = nn.ModuleList()
         self.encoders = nn.ModuleList()
         self.coordinates = nn.ModuleList(blueprint.coordinates.values())
@@ -182,7 +189,12 @@ class LocalGuide(nn.Module):
             site = self.structure.sites.get(name)
             example = _stack(times, blueprint.example, self.layout.num_axes)
             shape = site.event_shape if site is not None else tuple(example.value.shape[self.layout.num_axes :])
-            self.inputs.append(Input(name, example, read_scale(site, example), shape))
+            scale = read_scale(site, example)
+            if blueprint.inputs is not None:
+                scale, has_mask = blueprint.inputs[len(self.inputs)]
+                if has_mask and example.mask is None:
+                    example = example._replace(mask=torch.ones_like(example.value, dtype=torch.bool))
+            self.inputs.append(Input(name, example, scale, shape))
             self._inputs[times] = len(self.inputs) - 1
         return cast(Input, self.inputs[self._inputs[times]])
 
@@ -191,6 +203,8 @@ class LocalGuide(nn.Module):
         plates = {frame.name for frame in self.structure.sites[unit.latents[0]].frames}
         marked = [frame for frame in self.layout.inner if frame.name in plates & blueprint.asymmetric]
         marks = [Mark(frame.size, self.layout.axis(frame.name)) for frame in marked]
+        if self.structure.data_plate in blueprint.asymmetric:
+            marks.append(Mark(self.structure.rows, 0))
         return nn.ModuleList(marks + ([Mark(len(unit.latents), None)] if index in blueprint.uneven else []))
 
     def _make_head(self, index: int) -> Head:
@@ -207,7 +221,8 @@ class LocalGuide(nn.Module):
         name = next(filter(None, slot))
         site = self.structure.sites[name]
         instances = 1 if site.is_local else math.prod(site.batch_shape)
-        return self._own(name).num_inputs * instances + (None in slot) + (name in self.masked)
+        inputs = self._own(name).num_inputs * (2 if name in self.with_units else 1)
+        return inputs * instances + (None in slot) + (name in self.masked)
 
     def _own(self, name: str) -> Coordinates:
         return cast(Coordinates, self.coordinates[self._coordinates[name]])
@@ -258,7 +273,7 @@ class LocalGuide(nn.Module):
         if name is None:
             return row.like.new_zeros(*(1,) * self.layout.num_axes, self._slot_width(slot))
         site = self.structure.sites[name]
-        inputs = self._own(name).inputs(row.values[name], row.supports[name])
+        inputs = self._own(name).inputs(row.values[name], row.supports[name], row.units.get(name))
         mask = row.reading.masks.get(name)
         if mask is not None:
             known = mask[..., None].expand(*inputs.shape[:-1], 1)

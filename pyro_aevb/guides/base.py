@@ -21,6 +21,7 @@ from pyro_aevb.guides.explaining import Explanation, explain, graph_text, write_
 from pyro_aevb.guides.families import Circular, Diagonal, Family, Flow, FullCovariance, Spherical, neural_spline_flow
 from pyro_aevb.guides.global_latents import GlobalGuide
 from pyro_aevb.guides.probe import Reading
+from pyro_aevb.guides.record import Record
 from pyro_aevb.guides.refinement import RefinableGuide
 from pyro_aevb.guides.summaries import marginal_quantiles, medians
 from pyro_aevb.program.batch import batch_rows
@@ -80,6 +81,7 @@ class AmortizedGuide(RefinableGuide):
         self.global_guide = chosen
         self.__dict__["encoder"] = encoder  # registered with the other networks, when it is known what it reads
         self._built: Built | None = None
+        self._record: Record | None = None
 
     def make_family(self, coordinates: Coordinates) -> Family:
         """Make the family of a local latent with given coordinates."""
@@ -113,7 +115,7 @@ class AmortizedGuide(RefinableGuide):
             GuideError: If ``encoder`` does not fit the model.
         """
         if self._built is None:
-            built, example = read_model(self.model, self.data_plate, args, kwargs)
+            built, example = read_model(self.model, self.data_plate, args, kwargs, self._record)
             self.networks = build_networks(self, self.model, built, example, (args, kwargs))
             self.prototype_trace = poutine.Trace()  # parts of an AutoGuideList are asked whether they have one
             for name, node in example.nodes.items():
@@ -142,6 +144,30 @@ class AmortizedGuide(RefinableGuide):
             raise GuideError("The guide is not built yet: call build(*batch) with one batch, or run it once.")
         return self._built
 
+    @property
+    def record(self) -> Record:
+        """What was read off data, and off the model's parameters, when the guide was built.
+
+        Raises:
+            GuideError: If the guide has not been built.
+        """
+        built, inputs = self.built, self.networks.of_locals.inputs
+        return Record(
+            dependencies=built.dependencies,
+            argument_plates=built.probe.argument_plates,
+            nan_arguments=built.probe.nan_arguments,
+            runs_model=built.probe.runs_model,
+            moving_supports=built.moving_supports,
+            asymmetric=built.asymmetric,
+            uneven=built.uneven,
+            inputs=tuple((item.scale, item.has_mask) for item in inputs),
+            rows=built.rows,
+        )
+
+    def recall(self, record: Record) -> None:
+        """Let the first batch build the guide as it was built when the record was made, whatever the batch holds."""
+        self._record = record
+
     def forward(self, *args: Any, **kwargs: Any) -> Values:
         """Sample every latent, globals first, each given what screens it off from the rest.
 
@@ -168,7 +194,8 @@ class AmortizedGuide(RefinableGuide):
         values: Values = {}
         for part in networks.of_globals:
             values |= cast(GlobalGuide, part).sample(enter, args, kwargs)
-        row = Row(reading, values, self._supports(reading), networks.like)
+        units = {name: pair for part in networks.of_globals for name, pair in cast(GlobalGuide, part).units().items()}
+        row = Row(reading, values, self._supports(reading), units, networks.like)
         offsets = self.offsets(args, kwargs, reading.indices.get(built.structure.data_plate or ""))
         for name in built.order:
             with ExitStack() as stack:

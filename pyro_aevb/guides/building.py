@@ -1,7 +1,7 @@
 """From a model and one batch to the networks of its guide: at most five runs of the model."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,9 +16,11 @@ from pyro_aevb.guides.amortized import Blueprint, LocalGuide
 from pyro_aevb.guides.coordinates import Coordinates, read_coordinates
 from pyro_aevb.guides.families import Family
 from pyro_aevb.guides.global_latents import GlobalGuide, Joint, OwnGuide, PerSite
+from pyro_aevb.guides.inputs import Scale
 from pyro_aevb.guides.layout import Layout, read_layout
 from pyro_aevb.guides.plan import Unit, plan_units
 from pyro_aevb.guides.probe import Probe, Reading
+from pyro_aevb.guides.record import Record
 from pyro_aevb.guides.symmetry import asymmetric_plates, uneven_units
 from pyro_aevb.guides.wiring import Node, Source, sampling_order, wire
 from pyro_aevb.program.batch import batch_rows
@@ -42,6 +44,7 @@ class Built:
         moving_supports: Latents whose support is computed from arguments.
         asymmetric: Inner plates whose indices the model does not treat alike.
         uneven: Units, by index, whose steps it does not treat alike.
+        inputs: How an earlier build read each input, and whether entries may be missing; ``None`` if the example tells.
         rows: Rows that the example batch offered.
     """
 
@@ -53,6 +56,7 @@ class Built:
     moving_supports: frozenset[str]
     asymmetric: frozenset[str]
     uneven: frozenset[int]
+    inputs: tuple[tuple[Scale, bool], ...] | None
     rows: int | None
 
     @property
@@ -91,25 +95,38 @@ class Networks(nn.Module):
         self.register_buffer("like", torch.zeros(()), persistent=False)
 
 
-def read_model(model: PyroProgram, data_plate: str | None, args: Args, kwargs: Kwargs) -> tuple[Built, Reading]:
+def read_model(
+    model: PyroProgram, data_plate: str | None, args: Args, kwargs: Kwargs, record: Record | None = None
+) -> tuple[Built, Reading]:
     """Read structure, dependencies and an example from a model, and wire its latents.
+
+    Args:
+        model: The model.
+        data_plate: Name of the plate of rows, as in :func:`~pyro_aevb.program.structure.read_structure`.
+        args: An example batch, as positional arguments.
+        kwargs: An example batch, as keyword arguments.
+        record: What an earlier build found, in place of what this batch would show.
 
     Raises:
         ModelError: If the model is not supported.
     """
     structure = read_structure(model, args, kwargs, data_plate=data_plate, decides_imputed=False)
     _check_observed(structure)
-    dependencies = read_dependencies(model, args, kwargs, structure)
+    dependencies = record.dependencies if record else read_dependencies(model, args, kwargs, structure)
     structure = decide_imputed(structure, dependencies.parents)
     layout = read_layout(structure)
     probe = Probe(model, structure, layout)
-    probe.argument_plates = {
-        name: _plates_of_argument(name, item, structure, dependencies, layout)
-        for name, item in dependencies.arguments.items()
-    }
+    probe.argument_plates = (
+        dict(record.argument_plates)
+        if record
+        else {
+            name: _plates_of_argument(name, item, structure, dependencies, layout)
+            for name, item in dependencies.arguments.items()
+        }
+    )
     example = probe.learn(args, kwargs)
-    moving = _moving_supports(structure, example)
-    if moving:
+    moving = record.moving_supports if record else _moving_supports(structure, example)
+    if moving or (record and record.runs_model):
         probe.always_run()
     nodes = _nodes(structure, dependencies, probe.argument_plates)
     wiring = wire(nodes, dependencies.parents, ordered=dependencies.ordered)
@@ -117,15 +134,20 @@ def read_model(model: PyroProgram, data_plate: str | None, args: Args, kwargs: K
     units = plan_units(structure, wiring)
     built = Built(
         structure=structure,
-        dependencies=dependencies,
+        dependencies=replace(dependencies, arguments={}),  # data are not kept
         wiring=wiring,
         units=units,
         probe=probe,
         moving_supports=moving,
-        asymmetric=asymmetric_plates(probe, args, kwargs, example) - dependencies.ordered,
-        uneven=uneven_units(structure, units, example),
-        rows=batch_rows(args, kwargs),
+        asymmetric=record.asymmetric
+        if record
+        else asymmetric_plates(probe, args, kwargs, example) - dependencies.ordered,
+        uneven=record.uneven if record else uneven_units(structure, units, example),
+        inputs=record.inputs if record else None,
+        rows=record.rows if record else batch_rows(args, kwargs),
     )
+    if record:
+        probe.nan_arguments = record.nan_arguments
     return built, example
 
 
@@ -159,6 +181,7 @@ def build_networks(
     latents = structure.select("latent")
     with seeded(0), torch.no_grad():
         coordinates = {site.name: read_coordinates(site, example.nodes[site.name]["fn"]) for site in latents}
+    of_globals = _global_guides(maker, model, built, coordinates, batch)
     blueprint = Blueprint(
         structure=structure,
         layout=built.probe.layout,
@@ -168,10 +191,12 @@ def build_networks(
         ordered=built.dependencies.ordered,
         asymmetric=built.asymmetric,
         uneven=built.uneven,
+        inputs=built.inputs,
+        with_units=frozenset(name for guide in of_globals for name in guide.units()),
         encoders=_encoders_by_site(maker.encoder, built),
         make_family=maker.choose_family,
     )
-    networks = Networks(_global_guides(maker, model, built, coordinates, batch), LocalGuide(blueprint))
+    networks = Networks(of_globals, LocalGuide(blueprint))
     like = next((own.loc for own in coordinates.values()), torch.zeros(()))
     return networks.to(dtype=like.dtype, device=like.device)
 
@@ -229,7 +254,7 @@ def _nodes(
         if site.kind != "imputed":
             inner = {frame.name for frame in site.frames if frame.dim is not None} - {structure.data_plate}
             nodes.append(Node(site.name, site.kind, frozenset(inner), site.is_local))
-    return nodes + [Node(name, "argument", frozenset(argument_plates[name]), True) for name in dependencies.arguments]
+    return nodes + [Node(name, "argument", frozenset(argument_plates[name]), True) for name in argument_plates]
 
 
 def _plates_of_argument(

@@ -56,8 +56,18 @@ class Coordinates(nn.Module):
         """Number of inputs that a network gets of a value."""
         return 2 * self.size if self.kind == "circle" else self.size
 
-    def inputs(self, value: Tensor, support: Constraint) -> Tensor:
-        """Turn values ``[..., *event]`` into what a network reads of them, ``[..., num_inputs]``."""
+    def inputs(self, value: Tensor, support: Constraint, units: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Turn values into what a network reads of them.
+
+        Args:
+            value: ``[..., *event]``.
+            support: The site's support.
+            units: Location and scale of the coordinates under q, in units of the prior. A global's posterior is far narrower than
+                its prior, and a network that sees it in units of the prior alone hardly learns what depends on it.
+
+        Returns:
+            ``[..., num_inputs]``, twice as many with ``units``.
+        """
         lead = value.shape[: value.dim() - len(self.event_shape)]
         if self.kind == "circle":
             flat = value.reshape(*lead, self.size)
@@ -65,7 +75,11 @@ class Coordinates(nn.Module):
         if self.kind == "sphere":
             return value.reshape(*lead, self.size)
         flat = biject_to(support).inv(value).reshape(*lead, self.size)
-        return ((flat - self.loc) / self.scale).clamp(-_LARGEST, _LARGEST)
+        inputs = (flat - self.loc) / self.scale
+        if units is None:
+            return inputs.clamp(-_LARGEST, _LARGEST)
+        own = (inputs - units[0]) / units[1]
+        return torch.cat([inputs, own], -1).clamp(-_LARGEST, _LARGEST)
 
 
 def read_coordinates(site: Site, fn: SiteDistribution) -> Coordinates:

@@ -12,6 +12,7 @@ from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ReshapeTransform
 from torch.nn.functional import softplus
+from typing_extensions import override
 
 from pyro_aevb._types import SiteDistribution
 from pyro_aevb.distributions.wrapped_normal import WrappedNormal
@@ -48,6 +49,10 @@ class Family(nn.Module, abc.ABC):
     def forward(self, outputs: Tensor, support: Constraint) -> SiteDistribution:
         """Return the distribution of outputs ``[*batch, num_outputs]``, of batch shape ``batch`` and the site's event shape."""
 
+    def units(self, outputs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return location and scale of each coordinate, in units of the prior, ``[*batch, D]``; ``None`` without coordinates."""
+        return None
+
     def _scale(self, raw: Tensor) -> Tensor:
         return softplus(raw + self.shift) + _SMALLEST_SCALE
 
@@ -69,6 +74,11 @@ class Diagonal(Family):
         loc, scale = (own.loc + own.scale * loc).reshape(shape), (own.scale * self._scale(raw)).reshape(shape)
         return transformed(dist.Normal(loc, scale), support, len(own.event_shape))
 
+    @override
+    def units(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        loc, raw = outputs.chunk(2, -1)
+        return loc, self._scale(raw)
+
 
 class FullCovariance(Family):
     """A multivariate normal on the coordinates, by its Cholesky factor."""
@@ -87,11 +97,16 @@ class FullCovariance(Family):
     def forward(self, outputs: Tensor, support: Constraint) -> SiteDistribution:
         """Return the distribution."""
         own = self.coordinates
-        loc, factor = self._affine(outputs)
+        loc, factor = self.affine(outputs)
         base = dist.MultivariateNormal(own.loc + own.scale * loc, scale_tril=own.scale[:, None] * factor)
         return _onto(base, own, support)
 
-    def _affine(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    @override
+    def units(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        loc, factor = self.affine(outputs)
+        return loc, factor.square().sum(-1).sqrt()
+
+    def affine(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return location and Cholesky factor in units of the prior."""
         size = self.coordinates.size
         loc, raw, off = outputs.split([size, size, self.num_outputs - 2 * size], -1)
@@ -122,9 +137,9 @@ class Flow(Family):
         self, coordinates: Coordinates, init_scale: float, make_flow: Callable[[int, int], nn.Module], num_context: int
     ) -> None:
         super().__init__(coordinates, init_scale)
-        self.affine = FullCovariance(coordinates, init_scale)
+        self.normal = FullCovariance(coordinates, init_scale)
         self.num_context = num_context
-        self.num_outputs = self.affine.num_outputs + num_context
+        self.num_outputs = self.normal.num_outputs + num_context
         self.flow = make_flow(coordinates.size, num_context)
         if not hasattr(self.flow, "transform"):
             raise SettingError(
@@ -135,12 +150,16 @@ class Flow(Family):
     def forward(self, outputs: Tensor, support: Constraint) -> SiteDistribution:
         """Return the distribution."""
         own = self.coordinates
-        affine, context = outputs.split([self.affine.num_outputs, self.num_context], -1)
-        loc, factor = self.affine._affine(affine)
+        affine, context = outputs.split([self.normal.num_outputs, self.num_context], -1)
+        loc, factor = self.normal.affine(affine)
         flow = self.flow(context) if self.num_context else self.flow()
         base = flow.base.expand(outputs.shape[:-1])
         steps = [_FlowStep(flow.transform), _CholeskyStep(own.loc + own.scale * loc, own.scale[:, None] * factor)]
         return _onto(base, own, support, steps)
+
+    @override
+    def units(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.normal.units(outputs[..., : self.normal.num_outputs])
 
 
 def neural_spline_flow(features: int, context: int) -> nn.Module:

@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import biject_to
+from typing_extensions import override
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import ModelError, SettingError
@@ -23,6 +24,10 @@ from pyro_aevb.guides.families import Family
 from pyro_aevb.program.structure import Site
 
 __all__ = ["GlobalGuide", "Joint", "OwnGuide", "PerSite"]
+
+_GAIN = 8.0
+"""Parameters of globals are an eighth of what they stand for: under Adam, where a parameter moves by about the
+learning rate a step, a network's output moves by the rates of all weights below it and a global's by one."""
 
 OpenPlates = Callable[[ExitStack, Site], None]
 """Opens the plates and the mask of a site."""
@@ -50,6 +55,10 @@ class GlobalGuide(nn.Module, abc.ABC):
     def sample(self, open_plates: OpenPlates, args: Args, kwargs: Kwargs) -> Values:
         """Sample the globals, in the plates of the model, inside the guide's run."""
 
+    def units(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return location and scale of sites' coordinates under q, in units of the prior, ``[*batch, D]``, where it tells them."""
+        return {}
+
     @abc.abstractmethod
     def label(self, name: str) -> str:
         """Return the family of a site, for tables."""
@@ -76,8 +85,14 @@ class PerSite(GlobalGuide):
         for site, family, outputs in zip(self.sites, self.families, self.outputs, strict=True):
             with ExitStack() as stack:
                 open_plates(stack, site)
-                values[site.name] = pyro.sample(site.name, family(outputs, site.support))
+                values[site.name] = pyro.sample(site.name, family(_GAIN * outputs, site.support))
         return values
+
+    @override
+    def units(self) -> dict[str, tuple[Tensor, Tensor]]:
+        pairs = zip(cast(Iterable[Family], self.families), self.outputs, strict=True)
+        found = [family.units(_GAIN * outputs) for family, outputs in pairs]
+        return {site.name: units for site, units in zip(self.sites, found, strict=True) if units is not None}
 
     def label(self, name: str) -> str:
         """Return the family's name."""
@@ -119,7 +134,7 @@ class Joint(GlobalGuide):
 
     def sample(self, open_plates: OpenPlates, args: Args, kwargs: Kwargs) -> Values:
         """Sample the joined coordinates and carry each site's part to its support."""
-        fn = self.family(self.outputs, dist.constraints.real_vector)
+        fn = self.family(_GAIN * self.outputs, dist.constraints.real_vector)
         joined = pyro.sample(self.auxiliary, fn, infer={"is_auxiliary": True})
         values: Values = {}
         start = 0
@@ -145,6 +160,16 @@ class Joint(GlobalGuide):
         value = transform(flat)
         jacobian = transform.log_abs_det_jacobian(flat, value)
         return value, -jacobian.reshape((*lead, *batch, -1)).sum(-1)
+
+    @override
+    def units(self) -> dict[str, tuple[Tensor, Tensor]]:
+        loc, scale = self.family.units(_GAIN * self.outputs) or (self.outputs, self.outputs)
+        sizes = [torch.Size(size) for _, size in self._sizes()]
+        parts = [part.split([size.numel() for size in sizes]) for part in (loc, scale)]
+        return {
+            site.name: (loc.reshape(size), scale.reshape(size))
+            for site, size, loc, scale in zip(self.sites, sizes, *parts, strict=True)
+        }
 
     def label(self, name: str) -> str:
         """Return the joint family's name."""

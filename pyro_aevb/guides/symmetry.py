@@ -26,7 +26,8 @@ __all__ = ["asymmetric_plates", "uneven_units"]
 def asymmetric_plates(probe: Probe, args: Args, kwargs: Kwargs, example: Reading) -> frozenset[str]:
     """Return the inner plates whose indices the model does not treat alike, and refuse a structure that depends on data.
 
-    A plate that global latents lie in is one of them: each index has weights of its own.
+    A plate that global latents lie in is one of them: each index has weights of its own. The data plate is one if the model takes
+    all its rows at once and treats them differently (known standard errors of each school that are no argument).
 
     Raises:
         ModelError: If the second half of the rows has other sites than the whole batch.
@@ -40,8 +41,9 @@ def asymmetric_plates(probe: Probe, args: Args, kwargs: Kwargs, example: Reading
     nodes, start = mirrored
     _check_same_sites(example.nodes, nodes)
     found = set(inner & of_globals)
+    rows = {structure.data_plate} if structure.data_plate is not None and not start else set()
     for name, site in structure.sites.items():
-        plates = {frame.name for frame in site.frames} & inner
+        plates = {frame.name for frame in site.frames} & (inner | rows)
         if (
             site.is_local
             and plates - found
@@ -59,14 +61,14 @@ def _run_mirrored(probe: Probe, args: Args, kwargs: Kwargs) -> tuple[Nodes, int]
     for start in starts:
         part = take_rows(args, kwargs, slice(start, None)) if start else (args, dict(kwargs))
         try:
-            return probe.run_quietly(*_reversed(probe, *part)), start
+            return probe.run_quietly(*_reversed(probe, *part, with_rows=has_rows and not start)), start
         except (AEVBError, RuntimeError, ValueError, IndexError, TypeError):
             continue  # a model that needs all rows, or whose arguments are no plates where their sizes say so
     return None
 
 
-def _reversed(probe: Probe, args: Args, kwargs: Kwargs) -> tuple[Args, dict[str, Any]]:
-    """Reverse the axes of tensors that have the sizes of the inner plates."""
+def _reversed(probe: Probe, args: Args, kwargs: Kwargs, *, with_rows: bool) -> tuple[Args, dict[str, Any]]:
+    """Reverse the axes of tensors that have the sizes of the inner plates, and those of the rows where asked to."""
     first = 0 if probe.structure.data_plate is None else 1
     sizes = [frame.size for frame in probe.layout.inner]
 
@@ -74,7 +76,8 @@ def _reversed(probe: Probe, args: Args, kwargs: Kwargs) -> tuple[Args, dict[str,
         if not isinstance(item, Tensor):
             return item
         axes = [first + k for k, size in enumerate(sizes) if item.shape[first + k : first + k + 1] == (size,)]
-        return item.flip(axes) if axes == list(range(first, first + len(axes))) else item
+        flipped = axes if axes == list(range(first, first + len(axes))) else []
+        return item.flip([*flipped, *([0] if with_rows and item.dim() else [])])
 
     return tuple(map(reverse, args)), {name: reverse(item) for name, item in kwargs.items()}
 
@@ -106,7 +109,8 @@ def _is_mirrored(node: Any, other: Any, start: int, layout: Layout, structure: S
     site = structure.sites[node["name"]]
     if start and structure.data_dim is not None:
         first = first.narrow(structure.data_dim, start, first.shape[structure.data_dim] - start)
-    dims = [frame.dim for frame in site.frames if frame.dim is not None and frame.name != structure.data_plate]
+    rows = None if not start else structure.data_plate
+    dims = [frame.dim for frame in site.frames if frame.dim is not None and frame.name != rows]
     return first.shape == second.shape and torch.allclose(
         first, second.flip(dims), rtol=1e-4, atol=1e-4, equal_nan=True
     )
