@@ -44,13 +44,13 @@ STRANGERS = frozenset({("training", "objectives")})
 """Rooms that lie in the right order and still do not know each other."""
 
 WITHOUT_PYRO = frozenset(
-    {"errors", "_types", "guides.encoders", "mcmc.hmc", "mcmc.adaptation", "mcmc.annealing", "datasets"}
+    {"errors", "_types", "guides.encoders", "guides.wiring", "mcmc.hmc", "mcmc.adaptation", "mcmc.annealing", "datasets"}
 )
 FRONTS = frozenset({"__init__", "__main__"})
 """May import the package's own modules inside a function, so that ``--help`` answers at once."""
 
 SLOW = frozenset({"arviz", "lightning", "lightning_fabric", "matplotlib", "sklearn"})
-LAZY = SLOW | {"networkx", "pandas", "pooch", "zuko"}
+LAZY = SLOW | {"pandas", "pooch", "zuko"}
 DRAWERS = frozenset({"common", "core", "helper", "helpers", "misc", "util", "utils"})
 MACHINE_PATH = re.compile(r"(?<![\w.:/~!])/(home|root|tmp|mnt|opt|srv|usr|var|work|workspace|Users)/\w")
 

@@ -260,7 +260,6 @@ GUIDES = {
         "'z' lies inside the data plate",
         guide=lambda: Guide(lambda loc, scale: dist.Normal(loc.mean(0), 1.0).to_event(1), plate=no_plate),
     ),
-    "no guide": Case(lambda model, guide, folder: AEVB(model), GuideError, r"needs a guide.*AEVB\(model, guide\)"),
     "no parameters": Case(
         fitting(), ParameterError, "no parameters to train.*pyro.module", lambda: constant_model, Unregistered
     ),

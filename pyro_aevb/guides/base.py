@@ -118,8 +118,8 @@ class AmortizedGuide(RefinableGuide):
             built, example = read_model(self.model, self.data_plate, args, kwargs, self._record)
             self.networks = build_networks(self, self.model, built, example, (args, kwargs))
             self.prototype_trace = poutine.Trace()  # parts of an AutoGuideList are asked whether they have one
-            for name, node in example.nodes.items():
-                self.prototype_trace.add_node(name, **node)
+            for site in built.structure.select("latent"):  # as Pyro's own, without the observations
+                self.prototype_trace.add_node(site.name, **example.nodes[site.name])
             self._built = built
         return self
 
