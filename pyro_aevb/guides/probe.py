@@ -105,7 +105,9 @@ class _Door:
 def bind(model: PyroProgram, args: Args, kwargs: Kwargs) -> Values:
     """Return the tensor arguments of a program by name: the parameter's, ``args[0]`` without one, each with an ``@`` in front."""
     try:
-        bound = inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(*args, **kwargs).arguments
+        bound = (
+            inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(*args, **kwargs).arguments
+        )
     except (TypeError, ValueError):
         bound = {"args": args, "kwargs": dict(kwargs)}
     named: dict[str, Any] = {}

@@ -92,7 +92,8 @@ def _build_guide(module: ObjectiveModule, source: BatchSource) -> None:
         return
     rows = torch.linspace(0, whole.rows - 1, min(whole.rows, STANDARDISING_ROWS)).round().long()
     args, kwargs = take_rows(whole.args, whole.kwargs, rows)
-    with suppress(AEVBError), module.program.building():  # a model that takes no other number of rows gets the first batch
+    # a model that takes no other number of rows gets the first batch
+    with suppress(AEVBError), module.program.building():
         guide.build(*args, **kwargs)
 
 
