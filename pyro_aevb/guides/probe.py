@@ -197,16 +197,18 @@ class Probe:
         return nodes, handler
 
     def _check_sites(self, nodes: Nodes) -> None:
-        """Refuse a model that has other sites, or events of other shapes, than when the guide was built."""
-        built = {name: site.event_shape for name, site in self.structure.sites.items()}
-        found = {name: tuple(node["fn"].event_shape) for name, node in nodes.items()}
+        """Refuse a model that has other sites, or events of other shapes, or observes others, than when the guide was built."""
+        built = {
+            name: (site.kind in ("observed", "factor"), site.event_shape) for name, site in self.structure.sites.items()
+        }
+        found = {name: (bool(node["is_observed"]), tuple(node["fn"].event_shape)) for name, node in nodes.items()}
         if built == found:
             return
         changed = sorted(name for name in built.keys() | found.keys() if built.get(name) != found.get(name))
         raise ModelError(
-            f"The model has other sites than when the guide was built: expected {_shapes_of(built, changed)}, got "
-            f"{_shapes_of(found, changed)}. The guide needs one structure for every batch: pad to one length and mask, or draw a "
-            f"count that varies inside a plate.",
+            f"The model has other sites than when the guide was built: expected {_listed(built, changed)}, got "
+            f"{_listed(found, changed)}. The guide needs one structure for every batch: pad to one length and mask, draw a count "
+            f"that varies inside a plate, and give what is observed for some rows with obs_mask=.",
             site=changed[0],
         )
 
@@ -326,6 +328,8 @@ def _batch_mask(node: dict[str, Any]) -> Tensor | None:
     return mask.reshape(mask.shape[: mask.dim() - event_dim])
 
 
-def _shapes_of(shapes: dict[str, tuple[int, ...]], names: list[str]) -> str:
+def _listed(sites: dict[str, tuple[bool, tuple[int, ...]]], names: list[str]) -> str:
     """Write sites with their event shapes."""
-    return ", ".join(f"{name}: {list(shapes[name])}" for name in names[:5] if name in shapes) or "none of them"
+    known = [(name, *sites[name]) for name in names[:5] if name in sites]
+    parts = [f"{'observed' if is_observed else 'latent'} {name}: {list(shape)}" for name, is_observed, shape in known]
+    return ", ".join(parts) or "none of them"
