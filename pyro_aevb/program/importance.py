@@ -233,11 +233,14 @@ def _warn_loop(reason: str) -> None:
 
 
 def _first_difference(vectorized: Records, looped: Records) -> str | None:
-    """Return the first site whose log density differs between two ways of running."""
+    """Return the first site whose log density differs between two ways of running.
+
+    By more than rounding, which a narrow distribution far from 0 enlarges.
+    """
     for name, site in vectorized.items():
         other = looped[name].log_prob
         tolerance = 1e-4 if other.dtype == torch.float32 else 1e-8
-        if not torch.allclose(site.log_prob, other, rtol=tolerance, atol=10 * tolerance, equal_nan=True):
+        if not torch.allclose(site.log_prob, other, rtol=tolerance, atol=100 * tolerance, equal_nan=True):
             return name
     return None
 
