@@ -7,14 +7,22 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Transform, biject_to, constraints, transform_to
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    IndependentTransform,
+    Transform,
+    biject_to,
+    constraints,
+    transform_to,
+)
 from torch.distributions.constraints import Constraint
 
 from pyro_aevb._types import SiteDistribution
 from pyro_aevb.errors import ModelError
 from pyro_aevb.program.structure import Site
 
-__all__ = ["Coordinates", "feasible", "read_coordinates", "transformed"]
+__all__ = ["Coordinates", "bijection", "feasible", "read_coordinates", "transformed"]
 
 _LARGEST = 10.0
 """Standardised coordinates that networks read are cut here: a value at the end of its support has infinite ones."""
@@ -145,11 +153,31 @@ def transformed(base: SiteDistribution, support: Constraint, event_dim: int) -> 
     """
     while isinstance(support, constraints.independent):  # as the model's own families are built, so that a KL is found
         support = support.base_constraint
-    transform: Transform = biject_to(support)
-    base = base.to_event(transform.domain.event_dim)
-    if getattr(transform, "parts", True):
-        base = dist.TransformedDistribution(base, [transform])
+    transform = bijection(support)
+    if transform is not None:
+        base = dist.TransformedDistribution(base.to_event(transform.domain.event_dim), [transform])
     return base.to_event(event_dim - base.event_dim) if event_dim > base.event_dim else base
+
+
+def bijection(support: Constraint) -> Transform | None:
+    """Return the map from unconstrained space onto a support, without steps that do nothing; ``None`` for the identity.
+
+    torch reaches the positive numbers by exp and an affine map that is the identity, where its log-normal has exp alone; a KL in
+    closed form is found between equal maps only.
+    """
+    return _simplified(biject_to(support))
+
+
+def _simplified(transform: Transform) -> Transform | None:
+    if isinstance(transform, IndependentTransform):
+        base = _simplified(transform.base_transform)
+        return None if base is None else IndependentTransform(base, transform.reinterpreted_batch_ndims)
+    if isinstance(transform, ComposeTransform):
+        parts = [part for part in map(_simplified, transform.parts) if part is not None]
+        return ComposeTransform(parts) if len(parts) > 1 else next(iter(parts), None)
+    if isinstance(transform, AffineTransform) and not isinstance(transform.loc, Tensor):
+        return None if (transform.loc, transform.scale) == (0, 1) else transform
+    return transform
 
 
 def feasible(fn: SiteDistribution) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ReshapeTransform
 from torch.nn.functional import softplus
@@ -17,7 +17,7 @@ from typing_extensions import override
 from pyro_aevb._types import SiteDistribution
 from pyro_aevb.distributions.wrapped_normal import WrappedNormal
 from pyro_aevb.errors import SettingError
-from pyro_aevb.guides.coordinates import Coordinates, transformed
+from pyro_aevb.guides.coordinates import Coordinates, bijection, transformed
 
 __all__ = ["Circular", "Diagonal", "Family", "Flow", "FullCovariance", "Spherical", "neural_spline_flow"]
 
@@ -207,8 +207,8 @@ def _onto(
     steps = list(steps or [])
     if coordinates.shape != (coordinates.size,):
         steps.append(ReshapeTransform(torch.Size((coordinates.size,)), torch.Size(coordinates.shape)))
-    transform = biject_to(support)
-    if getattr(transform, "parts", True):
+    transform = bijection(support)
+    if transform is not None:
         steps.append(transform)
     return dist.TransformedDistribution(base, steps) if steps else base
 

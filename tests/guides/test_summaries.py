@@ -110,9 +110,9 @@ class TestClosedForms:
         entry = REGISTRY["vector_bernoulli"]
         guide, args, kwargs = built(AutoAmortizedMultivariateNormal(entry.model), entry)
         fn = poutine.trace(guide).get_trace(*args, **kwargs).nodes["z"]["fn"]
-        factor = fn.base_dist.scale_tril.detach()
+        factor = fn.scale_tril.detach()
         scale = (factor @ factor.mT).diagonal(dim1=-2, dim2=-1).sqrt()
-        expected = stats.norm(fn.base_dist.loc.detach(), scale).ppf(0.9)
+        expected = stats.norm(fn.loc.detach(), scale).ppf(0.9)
         found = guide.quantiles([0.9], *args, **kwargs)["z"][0]
         torch.testing.assert_close(found, torch.tensor(expected).float(), rtol=1e-4, atol=1e-5)
 
