@@ -195,8 +195,9 @@ class OwnGuide(GlobalGuide):
         self.guide: Any = kind(poutine.block(model, expose=[site.name for site in sites]))
 
     def sample(self, open_plates: OpenPlates, args: Args, kwargs: Kwargs) -> Values:
-        """Run the guide."""
-        return dict(self.guide(*args, **kwargs))
+        """Run the guide, which opens the plates of its sites by itself: they are open already and are shown once."""
+        with poutine.block(hide=[frame.name for site in self.sites for frame in site.frames]):
+            return dict(self.guide(*args, **kwargs))
 
     def label(self, name: str) -> str:
         """Return the guide's class."""
