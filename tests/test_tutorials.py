@@ -20,7 +20,7 @@ def outputs(notebook):
 
 
 def test_there_are_tutorials():
-    assert "01_vae" in {path.stem for path in TUTORIALS}
+    assert {path.stem for path in TUTORIALS} >= {"01_vae", "02_any_model", "03_missing_data"}
 
 
 def executed(name, tmp_path):
@@ -44,6 +44,65 @@ def test_01_vae_runs(epochs, monkeypatch, tmp_path):
     assert "True" in text.split("reliable rows within")[1], "what was loaded is not what was saved"
     assert not [output for output in outputs(notebook) if output.get("name") == "stderr"]
     assert not list(tmp_path.iterdir())
+
+
+def told(notebook):
+    return "".join(output.get("text", "") for output in outputs(notebook))
+
+
+def numbers_after(text, label):
+    """The numbers in the first line that starts with a label, behind it."""
+    line = next(line for line in text.splitlines() if line.startswith(label))
+    return [float(number) for number in re.findall(r"-?\d+\.\d+", line.removeprefix(label))]
+
+
+def check_any_model(text):
+    """The guides of the second tutorial against grids, quadrature and the Kalman filter, as the pictures show them.
+
+    Tolerances are those of one fit each: twice what several seeds gave.
+    """
+    on_grid, by_draws = (
+        numbers_after(text, "log p(x) on the grid"),
+        numbers_after(text, "log p(x) by the guide's draws"),
+    )
+    assert by_draws == pytest.approx(on_grid, abs=0.1)
+    assert numbers_after(text, "means of theta are off by")[0] < 0.05
+    bound, exact = numbers_after(text, "bound")
+    assert exact - 1.0 < bound < exact + 0.2  # 5,000 draws of it: a standard error of about 0.05
+    reached = float(re.search(r"validation_bound (-[\d.]+) nats per row after 25 epochs", text)[1])
+    assert 0 < numbers_after(text, "log p(x) of the validation series:")[0] - reached + 0.05 < 0.2
+    assert numbers_after(text, "gate")[0] == pytest.approx(0.3, abs=0.03)  # 40,000 visits: 0.003 and the guide's error
+    assert text.count("AutoAmortizedNormal: data plate 'data'") == 5
+
+
+def check_missing_data(text):
+    """Chains are better than what needs none, and exact where linear algebra tells; tables beat the mean of a column."""
+    for name in ("half of the pixels broken", "lower half hidden", "one pixel of four known"):
+        frequency, reconstruct, impute = numbers_after(text, name)
+        assert impute < reconstruct < frequency
+    exact = numbers_after(text, "exact")
+    assert numbers_after(text, "with the Metropolis step") == pytest.approx(exact, abs=0.08)  # 5 errors of 4,000 draws
+    assert numbers_after(text, "pseudo-Gibbs")[-1] > exact[-1] + 0.2
+    mean, imputed = (numbers_after(text, f"  {name}")[0] for name in ("column mean", "impute"))
+    assert imputed < mean / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "check"), [("02_any_model", check_any_model), ("03_missing_data", check_missing_data)]
+)
+def test_a_tutorial_without_encoders_runs_and_its_numbers_are_right(name, check, tmp_path):
+    notebook = executed(f"{name}.ipynb", tmp_path)
+    check(told(notebook))
+    assert not [output for output in outputs(notebook) if output.get("name") == "stderr"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "check"), [("02_any_model", check_any_model), ("03_missing_data", check_missing_data)]
+)
+def test_the_kept_numbers_are_right(name, check):
+    check(told(read(ROOT / "tutorials" / f"{name}.ipynb")))
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
