@@ -140,6 +140,11 @@ def _rows_back(offset: Tensor, structure: Structure) -> Tensor:
 def _check_own(built: Built) -> None:
     """Refuse models in which rows have no bound, or no variational parameters, of their own."""
     structure, refined = built.structure, set(built.order)
+    if structure.data_plate in built.probe.drawn and built.rows is None:
+        raise DataError(
+            f"The data plate {structure.data_plate!r} draws rows of data that the model holds itself, and refined rows are told "
+            f"apart by what tensor arguments hold along axis 0. Give the data as arguments."
+        )
     if not refined:
         raise ModelError(
             f"No latent lies inside the data plate {structure.data_plate!r}, so rows have nothing to refine."
@@ -208,7 +213,8 @@ class _Refiner:
         """Take the gradient steps; the learning rate falls to 0 in a line, which averages the noise of the last ones."""
         axes = self.program.axes(self.steps.num_particles, 1)
         offsets = {name: item.clone().requires_grad_() for name, item in start.items()}
-        optimizer = torch.optim.Adam(offsets.values(), lr=self.steps.learning_rate)
+        # short memory: the gradients of the first steps would hold back some hundred with Adam's own 1,000 steps
+        optimizer = torch.optim.Adam(offsets.values(), lr=self.steps.learning_rate, betas=(0.8, 0.9))
         for step in range(self.steps.num_steps):
             optimizer.param_groups[0]["lr"] = self.steps.learning_rate * (1 - step / self.steps.num_steps)
             with torch.enable_grad():
@@ -238,7 +244,7 @@ class _Refiner:
 
     def _judge(self, args: Args, kwargs: Kwargs, start: Values, end: Values) -> PerRow:
         """Return by how much fresh bounds under common noise are higher at the end, 0 where they are not for sure."""
-        at_once = self.steps.num_particles
+        at_once = 4 * self.steps.num_particles  # no graph is kept, so that more draws fit than in a gradient step
         if self.steps.chunk_size is None:
             at_once = max(at_once, min(NUM_JUDGING_DRAWS, CHUNK_DRAWS // (batch_rows(args, kwargs) or 1)))
         axes, parts = self.program.axes(at_once, 1), []
@@ -377,4 +383,7 @@ class RefinableGuide(AutoGuide):
         Returns:
             ``{latent: [*batch, outputs]}``.
         """
-        return {} if self._row_offsets is None else self._row_offsets(args, kwargs, index)
+        if self._row_offsets is None:
+            return {}
+        like: Any = self._modules["networks"]  # read as an attribute, it would be a second pyro.module statement
+        return {name: item.to(like.like) for name, item in self._row_offsets(args, kwargs, index).items()}
