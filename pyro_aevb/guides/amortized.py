@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
 from pyro_aevb._types import SiteDistribution, Values
+from pyro_aevb.errors import DataError
 from pyro_aevb.guides.coordinates import Coordinates
 from pyro_aevb.guides.families import Family
 from pyro_aevb.guides.inputs import Input, Observation, Scale, read_scale
@@ -142,44 +143,58 @@ class LocalGuide(nn.Module):
         parts += [unit.series] if unit.series is not None else []
         reads = []
         for part in parts:
-            keeps = isinstance(part, Group) and part.pooled <= blueprint.ordered & plates and len(part.pooled) == 1
+            keeps = isinstance(part, Group) and bool(part.pooled & blueprint.ordered & plates)
             key: object = (part, keeps, custom)
             if isinstance(part, Group) and part.latents:
                 key = (part, unit)  # sampled values are read anew for each latent
             if key not in self._encoders:
-                self.encoders.append(self._make_encoder(part, blueprint, custom, keeps_plate=keeps))
+                self.encoders.append(self._make_encoder(part, blueprint, custom, plates, keeps_plate=keeps))
                 self._encoders[key] = len(self.encoders) - 1
             reads.append((self._encoders[key], part))
         return reads
 
     def _make_encoder(
-        self, part: Group | Series, blueprint: Blueprint, custom: nn.Module | None, *, keeps_plate: bool
+        self,
+        part: Group | Series,
+        blueprint: Blueprint,
+        custom: nn.Module | None,
+        plates: frozenset[str],
+        *,
+        keeps_plate: bool,
     ) -> nn.Module:
         """Make the encoder of one group or series, its inputs standardised by the example."""
         kinds = part.sites if isinstance(part, Series) else tuple((name,) for name in part.sources)
         inputs = [self._add_input(times, blueprint) for times in kinds]
         if custom is not None and inputs:
-            return self._make_custom(custom, part, inputs, blueprint)
+            return self._make_custom(custom, part, inputs, blueprint, plates)
         if isinstance(part, Series):
             return SeriesEncoder(inputs, part.direction)
         sampled = sum(self._slot_width((name,)) for name in part.latents)
-        flat = [frame for frame in self.layout.inner if frame.name in part.pooled & blueprint.asymmetric]
-        is_ordered = len(part.pooled) == 1 and part.pooled <= blueprint.ordered
+        ordered = [frame.name for frame in self.layout.inner if frame.name in part.pooled & blueprint.ordered][-1:]
+        joined = part.pooled - set(ordered) if ordered else part.pooled & blueprint.asymmetric
+        flat = [frame for frame in self.layout.inner if frame.name in joined]
         pooling = Pooling(
             vector={self.layout.axis(frame.name): frame.size for frame in flat},
-            items=tuple(sorted(map(self.layout.axis, part.pooled - blueprint.asymmetric))),
-            order="step" if is_ordered and keeps_plate else "summary" if is_ordered else None,
+            items=tuple(sorted(map(self.layout.axis, part.pooled - joined))),
+            order="step" if ordered and keeps_plate else "summary" if ordered else None,
         )
         return Encoder(inputs, sampled, pooling)
 
     def _make_custom(
-        self, module: nn.Module, part: Group | Series, inputs: list[Input], blueprint: Blueprint
+        self,
+        module: nn.Module,
+        part: Group | Series,
+        inputs: list[Input],
+        blueprint: Blueprint,
+        plates: frozenset[str],
     ) -> CustomEncoder:
         """Wrap a user's encoder, and call it once to learn how many features it returns."""
         names = part.sources if isinstance(part, Group) else [next(filter(None, times)) for times in part.sites]
-        encoder = CustomEncoder(module, names)
+        own = [axis for axis, frame in enumerate(self.layout.inner, start=1) if frame.name in plates]
+        shapes = {name: item.given_shape for name, item in zip(names, inputs, strict=True)}
+        encoder = CustomEncoder(module, shapes, own, is_series=isinstance(part, Series))
         with preserved_state([module]):
-            encoder.num_features = encoder(self._observations(part, blueprint.example), self._num_axes(part)).shape[-1]
+            encoder.num_features = encoder(self._observations(part, blueprint.example), self.layout.num_axes).shape[-1]
         return encoder
 
     def _add_input(self, times: Times, blueprint: Blueprint) -> Input:
@@ -229,9 +244,6 @@ class LocalGuide(nn.Module):
 
     # Running
 
-    def _num_axes(self, part: Group | Series) -> int:
-        return self.layout.num_axes + isinstance(part, Series)
-
     def _observations(self, part: Group | Series, reading: Reading) -> list[Observation]:
         """Return the standardised inputs of a group or a series."""
         kinds = part.sites if isinstance(part, Series) else tuple((name,) for name in part.sources)
@@ -260,7 +272,7 @@ class LocalGuide(nn.Module):
         if isinstance(module, SeriesEncoder):
             features = module(observations)
         elif isinstance(module, CustomEncoder):
-            features = module(observations, self._num_axes(part))
+            features = module(observations, self.layout.num_axes)
         else:
             sampled = [self._parent((name,), 0, row) for name in getattr(part, "latents", ())]
             features = module(observations, sampled, self.layout.num_axes)
@@ -273,10 +285,19 @@ class LocalGuide(nn.Module):
         if name is None:
             return row.like.new_zeros(*(1,) * self.layout.num_axes, self._slot_width(slot))
         site = self.structure.sites[name]
-        inputs = self._own(name).inputs(row.values[name], row.supports[name], row.units.get(name))
+        members = [member for member in slot if member is not None]
+        own = self._own(members[len(members) // 2])  # one head reads all steps, in the units of one
+        inputs = own.inputs(row.values[name], row.supports[name], row.units.get(name))
         mask = row.reading.masks.get(name)
-        if mask is not None:
-            known = mask[..., None].expand(*inputs.shape[:-1], 1)
+        if mask is not None and name not in self.masked:
+            raise DataError(
+                f"Latent site {name!r} is masked in this batch and was not in the batch that the guide was built on. Build it on a "
+                f"batch that is masked too: guide.build(*batch).",
+                site=name,
+            )
+        if name in self.masked:
+            known = torch.ones_like(inputs[..., :1], dtype=torch.bool)
+            known = known if mask is None else mask[..., None].expand(known.shape)
             inputs = torch.cat([torch.where(known, inputs, 0.0), known.to(inputs)], -1)
         parent = self.layout.read(inputs, site, 1)
         return torch.cat([parent, torch.ones_like(parent[..., :1])], -1) if None in slot else parent

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
-from pyro_aevb.errors import GuideError, SettingError
+from pyro_aevb.errors import DataError, GuideError, SettingError
 from pyro_aevb.guides.amortized import Row
 from pyro_aevb.guides.building import Built, Networks, build_networks, read_model
 from pyro_aevb.guides.coordinates import Coordinates
@@ -25,6 +25,7 @@ from pyro_aevb.guides.record import Record
 from pyro_aevb.guides.refinement import RefinableGuide
 from pyro_aevb.guides.summaries import marginal_quantiles, medians
 from pyro_aevb.program.batch import batch_rows
+from pyro_aevb.program.sites import plain_support
 from pyro_aevb.program.structure import PlateFrame, Site
 
 __all__ = ["AmortizedGuide"]
@@ -115,7 +116,9 @@ class AmortizedGuide(RefinableGuide):
             GuideError: If ``encoder`` does not fit the model.
         """
         if self._built is None:
-            built, example = read_model(self.model, self.data_plate, args, kwargs, self._record)
+            built, example = read_model(
+                self.model, self.data_plate, args, kwargs, encoder=self.encoder, record=self._record
+            )
             self.networks = build_networks(self, self.model, built, example, (args, kwargs))
             self.prototype_trace = poutine.Trace()  # parts of an AutoGuideList are asked whether they have one
             for site in built.structure.select("latent"):  # as Pyro's own, without the observations
@@ -160,6 +163,7 @@ class AmortizedGuide(RefinableGuide):
             moving_supports=built.moving_supports,
             asymmetric=built.asymmetric,
             uneven=built.uneven,
+            apart=built.apart,
             inputs=tuple((item.scale, item.has_mask) for item in inputs),
             rows=built.rows,
         )
@@ -298,7 +302,7 @@ class AmortizedGuide(RefinableGuide):
         """Return the support of each latent; of those whose ends are computed from arguments that in this batch."""
         sites = self.built.structure.select("latent")
         supports = {site.name: site.support for site in sites}
-        return supports | {name: reading.nodes[name]["fn"].support for name in self.built.moving_supports}
+        return supports | {name: plain_support(reading.nodes[name]["fn"]) for name in self.built.moving_supports}
 
     def _read(self, args: Args, kwargs: Kwargs) -> tuple[dict[str, pyro.plate], Reading]:
         """Open the model's plates, on the model's own indices, and read the batch.
@@ -306,6 +310,8 @@ class AmortizedGuide(RefinableGuide):
         A plate that chooses its rows by itself chooses them here, since the guide runs first, and the model is given the choice.
         """
         built = self.built
+        if batch_rows(args, kwargs) == 0:
+            raise DataError("The batch has no rows: expected at least one.")
         master = self.master() if self.master is not None else None
         plates: dict[str, pyro.plate] = {} if master is None else dict(master.plates)
         for name, (size, count) in built.probe.drawn.items():

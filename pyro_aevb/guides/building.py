@@ -2,29 +2,29 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
-from torch.distributions.constraints import Constraint
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram
-from pyro_aevb.errors import GuideError, ModelError
+from pyro_aevb.errors import DataError, GuideError, ModelError
 from pyro_aevb.guides.amortized import Blueprint, LocalGuide
-from pyro_aevb.guides.coordinates import Coordinates, read_coordinates
+from pyro_aevb.guides.coordinates import Coordinates, has_ends, is_same_support, read_coordinates
 from pyro_aevb.guides.families import Family
 from pyro_aevb.guides.global_latents import GlobalGuide, Joint, OwnGuide, PerSite
 from pyro_aevb.guides.inputs import Scale
 from pyro_aevb.guides.layout import Layout, read_layout
-from pyro_aevb.guides.plan import Unit, plan_units
+from pyro_aevb.guides.plan import Unit, numbered_sites, plan_units
 from pyro_aevb.guides.probe import Probe, Reading
 from pyro_aevb.guides.record import Record
-from pyro_aevb.guides.symmetry import asymmetric_plates, uneven_units
+from pyro_aevb.guides.symmetry import asymmetric_plates, uneven_units, unlike_steps
 from pyro_aevb.guides.wiring import Node, Source, sampling_order, wire
 from pyro_aevb.program.batch import batch_rows
 from pyro_aevb.program.dependencies import Dependencies, read_dependencies
+from pyro_aevb.program.sites import plain_support
 from pyro_aevb.program.structure import Structure, decide_imputed, read_structure
 from pyro_aevb.randomness import seeded
 
@@ -44,6 +44,7 @@ class Built:
         moving_supports: Latents whose support is computed from arguments.
         asymmetric: Inner plates whose indices the model does not treat alike.
         uneven: Units, by index, whose steps it does not treat alike.
+        apart: Latents that share a head with no other step of their loop, their priors being of other units.
         inputs: How an earlier build read each input, and whether entries may be missing; ``None`` if the example tells.
         rows: Rows that the example batch offered.
     """
@@ -56,6 +57,7 @@ class Built:
     moving_supports: frozenset[str]
     asymmetric: frozenset[str]
     uneven: frozenset[int]
+    apart: frozenset[str]
     inputs: tuple[tuple[Scale, bool], ...] | None
     rows: int | None
 
@@ -96,7 +98,13 @@ class Networks(nn.Module):
 
 
 def read_model(
-    model: PyroProgram, data_plate: str | None, args: Args, kwargs: Kwargs, record: Record | None = None
+    model: PyroProgram,
+    data_plate: str | None,
+    args: Args,
+    kwargs: Kwargs,
+    *,
+    encoder: nn.Module | Mapping[str, nn.Module] | None = None,
+    record: Record | None = None,
 ) -> tuple[Built, Reading]:
     """Read structure, dependencies and an example from a model, and wire its latents.
 
@@ -105,6 +113,7 @@ def read_model(
         data_plate: Name of the plate of rows, as in :func:`~pyro_aevb.program.structure.read_structure`.
         args: An example batch, as positional arguments.
         kwargs: An example batch, as keyword arguments.
+        encoder: The user's encoders, where there are any.
         record: What an earlier build found, in place of what this batch would show.
 
     Raises:
@@ -114,6 +123,7 @@ def read_model(
     _check_observed(structure)
     dependencies = record.dependencies if record else read_dependencies(model, args, kwargs, structure)
     structure = decide_imputed(structure, dependencies.parents)
+    _check_lengths(structure, dependencies.arguments)
     layout = read_layout(structure)
     probe = Probe(model, structure, layout)
     probe.argument_plates = (
@@ -125,13 +135,15 @@ def read_model(
         }
     )
     example = probe.learn(args, kwargs)
-    moving = record.moving_supports if record else _moving_supports(structure, example)
+    moving = record.moving_supports if record else _moving_supports(structure, example, dependencies)
+    probe.moving_supports = moving
     if moving or (record and record.runs_model):
         probe.always_run()
     nodes = _nodes(structure, dependencies, probe.argument_plates)
     wiring = wire(nodes, dependencies.parents, ordered=dependencies.ordered)
     wiring = {name: wiring[name] for name in sampling_order(nodes) if name in wiring}
-    units = plan_units(structure, wiring)
+    apart = record.apart if record else unlike_steps(structure, _coordinates(structure, example))
+    units = plan_units(structure, wiring, apart | _steps_with_own_encoders(structure, encoder))
     built = Built(
         structure=structure,
         dependencies=replace(dependencies, arguments={}),  # data are not kept
@@ -143,6 +155,7 @@ def read_model(
         if record
         else asymmetric_plates(probe, args, kwargs, example) - dependencies.ordered,
         uneven=record.uneven if record else uneven_units(structure, units, example),
+        apart=apart,
         inputs=record.inputs if record else None,
         rows=record.rows if record else batch_rows(args, kwargs),
     )
@@ -178,9 +191,7 @@ def build_networks(
         GuideError: If ``encoder`` names sites that are no local latents, or returns what is no features.
     """
     structure = built.structure
-    latents = structure.select("latent")
-    with seeded(0), torch.no_grad():
-        coordinates = {site.name: read_coordinates(site, example.nodes[site.name]["fn"]) for site in latents}
+    coordinates = _coordinates(structure, example)
     of_globals = _global_guides(maker, model, built, coordinates, batch)
     blueprint = Blueprint(
         structure=structure,
@@ -199,6 +210,23 @@ def build_networks(
     networks = Networks(of_globals, LocalGuide(blueprint))
     like = next((own.loc for own in coordinates.values()), torch.zeros(()))
     return networks.to(dtype=like.dtype, device=like.device)
+
+
+def _coordinates(structure: Structure, example: Reading) -> dict[str, Coordinates]:
+    """Return the coordinates of every latent, the same at each call."""
+    with seeded(0), torch.no_grad():
+        latents = structure.select("latent")
+        return {site.name: read_coordinates(site, example.nodes[site.name]["fn"]) for site in latents}
+
+
+def _steps_with_own_encoders(
+    structure: Structure, encoder: nn.Module | Mapping[str, nn.Module] | None
+) -> frozenset[str]:
+    """Return the steps of loops to which the user gave different encoders."""
+    if not isinstance(encoder, Mapping):
+        return frozenset()
+    families = [list(members.values()) for members in numbered_sites(structure).values()]
+    return frozenset(name for names in families if len({id(encoder.get(name)) for name in names}) > 1 for name in names)
 
 
 def _encoders_by_site(encoder: nn.Module | Mapping[str, nn.Module] | None, built: Built) -> dict[str, nn.Module]:
@@ -261,15 +289,31 @@ def _plates_of_argument(
     name: str, argument: Tensor, structure: Structure, dependencies: Dependencies, layout: Layout
 ) -> tuple[str, ...]:
     """Find the inner plates whose sizes the axes of an argument behind its rows have, where a site in them reads it."""
+    if name in dependencies.whole:
+        return ()
     shape = tuple(argument.shape if structure.data_plate is None else argument.shape[1:])
     best: tuple[str, ...] = ()
     for site in structure.sites.values():
         if name in dependencies.parents.get(site.name, ()) and site.is_local:
             own = {frame.name for frame in site.frames}
             inner = [frame for frame in layout.inner if frame.name in own]
-            if shape[: len(inner)] == tuple(frame.size for frame in inner) and len(inner) > len(best):
+            is_alike = len(shape) >= len(inner) and all(
+                size in (frame.size, frame.full_size) for size, frame in zip(shape, inner, strict=False)
+            )
+            if is_alike and len(inner) > len(best):
                 best = tuple(frame.name for frame in inner)
     return best
+
+
+def _check_lengths(structure: Structure, arguments: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that have no rows on axis 0: a batch of other rows would not know what to do with them."""
+    for name, item in arguments.items():
+        if structure.data_plate is not None and len(item) not in (structure.rows, structure.full_size):
+            raise DataError(
+                f"Argument {name.removeprefix('@')!r} has {len(item)} entries on axis 0, and the data plate "
+                f"{structure.data_plate!r} has {structure.rows} rows. Give tensors with rows on axis 0, and bind constants to the "
+                f"model with functools.partial."
+            )
 
 
 def _check_observed(structure: Structure) -> None:
@@ -284,34 +328,19 @@ def _check_observed(structure: Structure) -> None:
     )
 
 
-def _moving_supports(structure: Structure, example: Reading) -> frozenset[str]:
-    """Name the latents whose support varies between rows, and refuse those whose support depends on other latents."""
+def _moving_supports(structure: Structure, example: Reading, dependencies: Dependencies) -> frozenset[str]:
+    """Name the latents whose support is computed from arguments, and refuse those whose support depends on other latents."""
     moving = set()
     for site in structure.select("latent"):
-        other = example.nodes[site.name]["fn"].support
-        if not _is_equal(site.support, other):
+        other = plain_support(example.nodes[site.name]["fn"])
+        if not is_same_support(site.support, other):
             raise ModelError(
                 f"The support of latent site {site.name!r} changes between runs on one batch, from {site.support} to {other}: its "
                 f"ends are computed from another latent. Sample on a fixed support and transform, such as upper * u with u in "
                 f"the unit interval.",
                 site=site.name,
             )
-        if any(isinstance(end, Tensor) and end.unique().numel() > 1 for end in _ends(site.support)):
+        has_arguments = any(name in dependencies.parents.get(site.name, ()) for name in dependencies.arguments)
+        if has_arguments and has_ends(site.support):
             moving.add(site.name)
     return frozenset(moving)
-
-
-def _ends(support: Constraint) -> list[Any]:
-    """Return what a support is made of: its ends, or those of the support below it."""
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return [
-        item for item in (getattr(support, name, None) for name in ("lower_bound", "upper_bound")) if item is not None
-    ]
-
-
-def _is_equal(a: Constraint, b: Constraint) -> bool:
-    ends = [[torch.as_tensor(end) for end in _ends(support)] for support in (a, b)]
-    if type(a) is not type(b) or len(ends[0]) != len(ends[1]):
-        return False
-    return all(one.shape == other.shape and bool((one == other).all()) for one, other in zip(*ends, strict=True))

@@ -20,9 +20,10 @@ from torch.distributions.constraints import Constraint
 
 from pyro_aevb._types import SiteDistribution
 from pyro_aevb.errors import ModelError
+from pyro_aevb.program.sites import plain_support
 from pyro_aevb.program.structure import Site
 
-__all__ = ["Coordinates", "bijection", "feasible", "read_coordinates", "transformed"]
+__all__ = ["Coordinates", "bijection", "feasible", "has_ends", "is_same_support", "read_coordinates", "transformed"]
 
 _LARGEST = 10.0
 """Standardised coordinates that networks read are cut here: a value at the end of its support has infinite ones."""
@@ -126,7 +127,7 @@ def _prior_units(fn: SiteDistribution, loc: Tensor, scale: Tensor) -> tuple[Tens
     """Return median and spread of each coordinate under the prior; what is given where it can't be drawn from."""
     try:
         count = max(16, _NUM_DRAWS // max(1, math.prod(fn.batch_shape)))
-        draws: Any = biject_to(fn.support).inv(fn.sample((count,)))
+        draws: Any = biject_to(plain_support(fn)).inv(fn.sample((count,)))
     except (NotImplementedError, RuntimeError, ValueError):  # an improper prior
         return loc, scale
     flat = draws.detach().reshape(-1, len(loc))
@@ -175,9 +176,32 @@ def _simplified(transform: Transform) -> Transform | None:
     if isinstance(transform, ComposeTransform):
         parts = [part for part in map(_simplified, transform.parts) if part is not None]
         return ComposeTransform(parts) if len(parts) > 1 else next(iter(parts), None)
-    if isinstance(transform, AffineTransform) and not isinstance(transform.loc, Tensor):
+    if isinstance(transform, AffineTransform) and not any(
+        isinstance(item, Tensor) for item in (transform.loc, transform.scale)
+    ):
         return None if (transform.loc, transform.scale) == (0, 1) else transform
     return transform
+
+
+def _ends(support: Constraint) -> list[Tensor]:
+    """Return the ends of a support, or of the support below it."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    found = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    return [torch.as_tensor(end) for end in found if end is not None]
+
+
+def has_ends(support: Constraint) -> bool:
+    """Tell whether a support's ends are numbers that a program may compute, rather than 0 or 1."""
+    return any(end.dim() > 0 or float(end) not in (0.0, 1.0) for end in _ends(support))
+
+
+def is_same_support(a: Constraint, b: Constraint) -> bool:
+    """Tell whether two supports are of one kind and have the same ends."""
+    ends = _ends(a), _ends(b)
+    if type(a) is not type(b) or len(ends[0]) != len(ends[1]):
+        return False
+    return all(one.shape == other.shape and bool((one == other).all()) for one, other in zip(*ends, strict=True))
 
 
 def feasible(fn: SiteDistribution) -> Tensor:
@@ -186,9 +210,9 @@ def feasible(fn: SiteDistribution) -> Tensor:
     Its unconstrained coordinates are near 0 and not 0, where a weight that multiplies the latent would not show.
     """
     shape = fn.batch_shape + fn.event_shape
-    if fn.support.is_discrete:
+    if plain_support(fn).is_discrete:
         return torch.zeros(shape)
-    transform = transform_to(fn.support)
+    transform = transform_to(plain_support(fn))
     like = next((value for value in vars(fn).values() if isinstance(value, Tensor)), torch.zeros(()))
     event = transform.inverse_shape(fn.event_shape)
     point = torch.arange(1.0, 1.0 + math.prod(event), device=like.device).sin().div(2).reshape(event)

@@ -6,7 +6,7 @@ Tensors are in canonical layout, ``[*lead, rows, inner plates, features]``; see 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -212,19 +212,28 @@ class SeriesEncoder(nn.Module):
 
 
 class CustomEncoder(nn.Module):
-    """Calls a user's module, and says clearly what it should have returned.
+    """Calls a user's module, and says clearly what it was given and should have returned.
 
     Args:
-        module: Called with ``[rows, inner plates, *event]``, or with a dictionary of them by source.
-        names: The sources.
-        num_features: Length of what it returns.
+        module: Called with ``[rows, plates of the source, *event]``, or with a dictionary of them by source; a scalar event that
+            lies in no inner plate is ``[rows, 1]``. In a series times follow the plates.
+        shapes: Event shape of each source.
+        plates: Canonical axes of the inner plates that the latent lies in.
+        is_series: Whether features are wanted at each time.
+
+    Attributes:
+        num_features: Length of what it returns, masks included; known after a first call.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str], num_features: int = 0) -> None:
+    def __init__(
+        self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]], plates: Sequence[int], *, is_series: bool
+    ) -> None:
         super().__init__()
         self.module = module
-        self.names = tuple(names)
-        self.num_features = num_features
+        self.shapes = dict(shapes)
+        self.plates = list(plates)
+        self.is_series = is_series
+        self.num_features = 0
 
     @property
     def label(self) -> str:
@@ -232,27 +241,56 @@ class CustomEncoder(nn.Module):
         return type(self.module).__name__
 
     def forward(self, observations: Sequence[Observation], num_axes: int) -> Tensor:
-        """Return ``[rows, inner plates, features]``; masks are joined to the features."""
-        values = {
-            name: value.reshape(_squeezed(value, num_axes))
-            for name, (value, _) in zip(self.names, observations, strict=True)
-        }
-        features = self.module(next(iter(values.values())) if len(values) == 1 else values)
-        rows = observations[0].value.shape[0]
-        if not isinstance(features, Tensor) or features.dim() < 2 or features.shape[0] != rows:
-            got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise GuideError(
-                f"The encoder {type(self.module).__name__} must return [rows, features], here [{rows}, ...], got {got}."
-            )
-        if features.dim() == 2:
-            features = features.reshape(rows, *(1,) * (num_axes - 1), features.shape[-1])
-        masks = [mask.flatten(num_axes).to(features) for _, mask in observations if mask is not None]
+        """Return ``[rows, inner plates, (times,) features]``; masks are joined to the features."""
+        axes = num_axes + self.is_series
+        pairs = zip(self.shapes.items(), observations, strict=True)
+        values = {name: value.reshape(_squeezed(value, axes, shape)) for (name, shape), (value, _) in pairs}
+        features = self._call(values)
+        sizes = [max(item.value.shape[axis] for item in observations) for axis in self.plates]
+        times = list(observations[0].value.shape[num_axes:axes])
+        expected = [len(observations[0].value), *sizes, *times]
+        if not isinstance(features, Tensor) or list(features.shape[:-1]) != expected:
+            self._refuse(values, expected, list(features.shape) if isinstance(features, Tensor) else type(features))
+        shape = [len(observations[0].value)] + [1] * (num_axes - 1)
+        for axis, size in zip(self.plates, sizes, strict=True):
+            shape[axis] = size
+        features = features.reshape(*shape, *times, -1)
+        masks = [self._mask(mask, num_axes).to(features) for _, mask in observations if mask is not None]
         return concatenate([features, *masks])
 
+    def _call(self, values: dict[str, Tensor]) -> Any:
+        try:
+            return self.module(next(iter(values.values())) if len(values) == 1 else values)
+        except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError) as error:
+            raise GuideError(
+                f"The encoder {type(self.module).__name__} failed on {_described(values)}: {error}. It is called with these shapes."
+            ) from error
 
-def _squeezed(value: Tensor, num_axes: int) -> list[int]:
-    """Return a shape without the axes of plates that a value does not lie in."""
-    return [len(value), *(size for size in value.shape[1:num_axes] if size > 1), *value.shape[num_axes:]]
+    def _refuse(self, values: dict[str, Tensor], expected: list[int], got: object) -> None:
+        raise GuideError(
+            f"The encoder {type(self.module).__name__} must return {[*expected, 'features']} of {_described(values)}, got {got}: "
+            f"one row of features for each row, and for each index of the inner plates that the latent lies in."
+        )
+
+    def _mask(self, mask: Tensor, num_axes: int) -> Tensor:
+        """Flatten a mask to one vector for each index that the latent has."""
+        if self.is_series:
+            return mask.flatten(num_axes + 1)
+        pooled = [axis for axis in range(1, num_axes) if axis not in self.plates]
+        moved = mask.flatten(num_axes).movedim(pooled, list(range(-1 - len(pooled), -1))).flatten(-1 - len(pooled))
+        for axis in pooled:
+            moved = moved.unsqueeze(axis)
+        return moved
+
+
+def _described(values: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name}: {list(value.shape)}" for name, value in values.items())
+
+
+def _squeezed(value: Tensor, num_axes: int, shape: tuple[int, ...]) -> list[int]:
+    """Return a shape without the axes of plates that a value does not lie in, the event as the model has it."""
+    plates = [size for size in value.shape[1:num_axes] if size > 1]
+    return [len(value), *plates, *(shape if shape or plates else (1,))]
 
 
 class Head(nn.Module):

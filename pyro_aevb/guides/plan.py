@@ -13,7 +13,7 @@ from typing import Literal
 from pyro_aevb.guides.wiring import Source
 from pyro_aevb.program.structure import Structure
 
-__all__ = ["Direction", "Group", "Series", "Unit", "plan_units"]
+__all__ = ["Direction", "Group", "Series", "Unit", "numbered_sites", "plan_units"]
 
 Direction = Literal["backward", "forward", "both"]
 
@@ -70,16 +70,27 @@ class Unit:
 Wiring = Mapping[str, tuple[Source, ...]]
 
 
-def plan_units(structure: Structure, wiring: Wiring) -> tuple[Unit, ...]:
-    """Plan the networks of local latents, in the order of the wiring."""
+def plan_units(structure: Structure, wiring: Wiring, apart: frozenset[str] = frozenset()) -> tuple[Unit, ...]:
+    """Plan the networks of local latents, in the order of the wiring.
+
+    Args:
+        structure: The model's structure.
+        wiring: What each local latent reads.
+        apart: Latents that share a head with no other, whatever their names.
+    """
     latents = frozenset(site.name for site in structure.select("latent"))
-    families = _families(structure)
+    families = numbered_sites(structure)
     units: dict[str, Unit] = {}
     for name in wiring:
         if name in units:
             continue
-        members = {step: site for step, site in families.get(_split(name)[0], {}).items() if site in wiring}
-        unit = _SeriesPlan(members, families, wiring, latents).unit() if len(members) >= _FEWEST_STEPS else None
+        family = families.get(_split(name)[0], {})
+        members = {step: site for step, site in family.items() if site in wiring.keys() - apart}
+        unit = (
+            _SeriesPlan(members, families, wiring, latents).unit()
+            if len(members) >= _FEWEST_STEPS and name not in apart
+            else None
+        )
         if unit is None:
             groups, parents = _groups(wiring[name], latents)
             unit = Unit((name,), groups, None, tuple((parent,) for parent in parents))
@@ -104,7 +115,7 @@ def _split(name: str) -> tuple[str, int | None]:
     return (f"{found[1]}{{}}{found[3]}", int(found[2])) if found else (name, None)
 
 
-def _families(structure: Structure) -> dict[str, dict[int, str]]:
+def numbered_sites(structure: Structure) -> dict[str, dict[int, str]]:
     """Collect sites that differ in a number of their names alone."""
     families: dict[str, dict[int, str]] = defaultdict(dict)
     kinds: dict[str, set[object]] = defaultdict(set)

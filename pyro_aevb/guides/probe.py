@@ -17,14 +17,14 @@ from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
-from pyro_aevb.errors import ModelError
-from pyro_aevb.guides.coordinates import feasible
+from pyro_aevb.errors import DataError, ModelError
+from pyro_aevb.guides.coordinates import feasible, is_same_support
 from pyro_aevb.guides.inputs import Observation
 from pyro_aevb.guides.layout import Layout
 from pyro_aevb.program.batch import batch_rows, explained
 from pyro_aevb.program.parameters import preserved_state
 from pyro_aevb.program.reach import find_modules
-from pyro_aevb.program.sites import Nodes, sample_sites, value_mask
+from pyro_aevb.program.sites import Nodes, plain_support, sample_sites, value_mask
 from pyro_aevb.program.structure import PlateFrame, Structure
 
 __all__ = ["Probe", "Reading", "bind"]
@@ -132,6 +132,7 @@ class Probe:
     Attributes:
         argument_plates: Inner plates that the axes of an argument behind its rows belong to, by argument.
         nan_arguments: Arguments in which NaN stands for a missing entry.
+        moving_supports: Latents whose support is computed from arguments.
     """
 
     def __init__(self, model: PyroProgram, structure: Structure, layout: Layout) -> None:
@@ -143,7 +144,10 @@ class Probe:
         self.drawn: dict[str, tuple[int, int]] = {}
         self._modules = find_modules(model)
         self._doors: dict[str, _Door] | None = None
+        self.moving_supports: frozenset[str] = frozenset()
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._constants: list[Any] = []
+        self._takes_rows = False
 
     def learn(self, args: Args, kwargs: Kwargs) -> Reading:
         """Run the model once on an example batch, and find out whether later batches can be read without a run."""
@@ -154,6 +158,10 @@ class Probe:
             name for name, item in arguments.items() if item.is_floating_point() and bool(item.isnan().any())
         )
         self._shapes = {name: tuple(item.shape[1:]) for name, item in arguments.items()}
+        self._constants = _constants(args, kwargs)
+        observed_sites = [nodes[site.name]["value"] for site in self.structure.select("observed", is_local=True)]
+        is_given = (self.structure.data_plate or "") in handler.given
+        self._takes_rows = is_given and not any(_shares(value, arguments) for value in observed_sites)
         self._doors = self._find_doors(nodes, handler, arguments, batch_rows(args, kwargs))
         observed = tuple(site.name for site in self.structure.select("observed"))
         return self._read_nodes(nodes, arguments, (*observed, *arguments), handler.given)
@@ -184,7 +192,7 @@ class Probe:
             ModelError: If the model has other sites than when the guide was built.
         """
         arguments = bind(self.model, args, kwargs)
-        if self._doors is not None and self._fits(arguments):
+        if self._doors is not None and self._fits(arguments) and _is_equal(_constants(args, kwargs), self._constants):
             return self._read_arguments(self._doors, arguments, sources)
         nodes, handler = self._run(args, kwargs, indices)
         self._check_sites(nodes)
@@ -203,6 +211,7 @@ class Probe:
         }
         found = {name: (bool(node["is_observed"]), tuple(node["fn"].event_shape)) for name, node in nodes.items()}
         if built == found:
+            self._check_supports(nodes)
             return
         changed = sorted(name for name in built.keys() | found.keys() if built.get(name) != found.get(name))
         raise ModelError(
@@ -211,6 +220,19 @@ class Probe:
             f"that varies inside a plate, and give what is observed for some rows with obs_mask=.",
             site=changed[0],
         )
+
+    def _check_supports(self, nodes: Nodes) -> None:
+        """Refuse supports that have moved since the guide was built; a recording can't look at values."""
+        if torch.compiler.is_compiling():
+            return
+        for site in self.structure.select("latent"):
+            support = plain_support(nodes[site.name]["fn"])
+            if site.name not in self.moving_supports and not is_same_support(site.support, support):
+                raise ModelError(
+                    f"The support of latent site {site.name!r} was {site.support} when the guide was built and is {support} now. "
+                    f"Give what its ends are computed from as a tensor argument with rows, or build another guide.",
+                    site=site.name,
+                )
 
     def _read_nodes(self, nodes: Nodes, arguments: Values, sources: Collection[str], indices: Values) -> Reading:
         latents = {site.name for site in self.structure.select("latent")}
@@ -252,12 +274,22 @@ class Probe:
         return self.layout.read(value, site, len(site.event_shape))
 
     def _argument(self, name: str, argument: Tensor, indices: Values) -> Observation:
+        plates = self.argument_plates.get(name, ())
         index = indices.get(self.structure.data_plate or "")
         if self.structure.data_plate is None:
             argument = argument[None]
-        elif index is not None and len(argument) > len(index):
+        elif index is not None and argument is not index and (len(argument) > len(index) or self._takes_rows):
             argument = argument[index]  # the model takes its rows out of all of them
-        value = self.layout.rows(argument, self.argument_plates.get(name, ()))
+        for axis, plate in enumerate(plates, start=1):
+            if plate in indices and argument.shape[axis] > len(indices[plate]):
+                argument = argument.index_select(axis, indices[plate])
+        is_new = name not in self.nan_arguments and argument.is_floating_point() and not torch.compiler.is_compiling()
+        if is_new and bool(argument.isnan().any()):
+            raise DataError(
+                f"Argument {name.removeprefix('@')!r} holds NaN in this batch and did not in the batch that the guide was built "
+                f"on. Fill or drop these entries, or build the guide on a batch that holds some: its encoders are then told."
+            )
+        value = self.layout.rows(argument, plates)
         return Observation(value, ~value.isnan() if name in self.nan_arguments else None)
 
     def _fits(self, arguments: Values) -> bool:
@@ -280,6 +312,26 @@ class Probe:
                 return None
             doors[site.name] = door
         return doors
+
+
+def _shares(observed: Any, arguments: Values) -> bool:
+    """Tell whether an observed value is memory of an argument, rather than taken out of it by an index."""
+    memory = {item.untyped_storage().data_ptr() for item in arguments.values()}
+    return isinstance(observed, Tensor) and observed.untyped_storage().data_ptr() in memory
+
+
+def _constants(args: Args, kwargs: Kwargs) -> list[Any]:
+    """Return the arguments that are no tensors with rows."""
+    named = [*enumerate(args), *sorted(kwargs.items())]
+    return [pair for pair in named if not (isinstance(pair[1], Tensor) and pair[1].dim() > 0)]
+
+
+def _is_equal(a: list[Any], b: list[Any]) -> bool:
+    """Compare constants; what can't be compared counts as different."""
+    try:
+        return len(a) == len(b) and all(one is other or bool(one == other) for one, other in zip(a, b, strict=True))
+    except (RuntimeError, ValueError, TypeError):
+        return False
 
 
 def _find_door(observed: Any, arguments: Values) -> _Door | None:

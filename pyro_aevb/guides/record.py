@@ -22,6 +22,7 @@ class Record:
         moving_supports: Latents whose support is computed from arguments.
         asymmetric: Inner plates whose indices the model does not treat alike.
         uneven: Units, by index, whose steps it does not treat alike.
+        apart: Latents that share a head with no other step of their loop.
         inputs: For each input of the encoders how its values become numbers, and whether entries may be missing.
         rows: Rows that the example batch offered.
     """
@@ -33,6 +34,7 @@ class Record:
     moving_supports: frozenset[str]
     asymmetric: frozenset[str]
     uneven: frozenset[int]
+    apart: frozenset[str]
     inputs: tuple[tuple[Scale, bool], ...]
     rows: int | None
 
@@ -47,6 +49,7 @@ class Record:
             "moving_supports": sorted(self.moving_supports),
             "asymmetric": sorted(self.asymmetric),
             "uneven": sorted(self.uneven),
+            "apart": sorted(self.apart),
             "inputs": [[asdict(scale), has_mask] for scale, has_mask in self.inputs],
             "rows": self.rows,
         }
@@ -63,6 +66,7 @@ class Record:
             moving_supports=frozenset(saved["moving_supports"]),
             asymmetric=frozenset(saved["asymmetric"]),
             uneven=frozenset(saved["uneven"]),
+            apart=frozenset(saved["apart"]),
             inputs=tuple((Scale(**scale), has_mask) for scale, has_mask in saved["inputs"]),
             rows=saved["rows"],
         )

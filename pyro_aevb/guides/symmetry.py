@@ -4,7 +4,8 @@ The same networks may serve every index of a plate, and a set encoder may pool o
 alike: a plate of exchangeable observations does, a plate of features with weights of their own does not.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import MaskedDistribution
@@ -12,15 +13,17 @@ from torch import Tensor
 
 from pyro_aevb._types import Args, Kwargs, SiteDistribution
 from pyro_aevb.errors import AEVBError, ModelError
-from pyro_aevb.guides.coordinates import feasible
-from pyro_aevb.guides.layout import Layout
-from pyro_aevb.guides.plan import Unit
+from pyro_aevb.guides.coordinates import Coordinates
+from pyro_aevb.guides.plan import Unit, numbered_sites
 from pyro_aevb.guides.probe import Probe, Reading
 from pyro_aevb.program.batch import batch_rows, take_rows
-from pyro_aevb.program.sites import Nodes
+from pyro_aevb.program.sites import Nodes, unmasked_value
 from pyro_aevb.program.structure import Structure
 
-__all__ = ["asymmetric_plates", "uneven_units"]
+__all__ = ["asymmetric_plates", "uneven_units", "unlike_steps"]
+
+_MOST_UNLIKE = 4.0
+"""Ratio of prior spreads, and distance of prior medians in spreads, up to which steps of a series share a head."""
 
 
 def asymmetric_plates(probe: Probe, args: Args, kwargs: Kwargs, example: Reading) -> frozenset[str]:
@@ -32,38 +35,50 @@ def asymmetric_plates(probe: Probe, args: Args, kwargs: Kwargs, example: Reading
     Raises:
         ModelError: If the second half of the rows has other sites than the whole batch.
     """
-    structure, layout = probe.structure, probe.layout
-    inner = {frame.name for frame in layout.inner}
+    structure = probe.structure
+    # the indices of a subsampled plate are other ones in each batch, so that nothing can be learned of each
+    inner = {frame.name for frame in probe.layout.inner if frame.size == frame.full_size}
     of_globals = {frame.name for site in structure.select("latent", is_local=False) for frame in site.frames}
-    mirrored = _run_mirrored(probe, args, kwargs)
+    found = inner & of_globals
+    mirrored = _run_mirrored(probe, args, kwargs, example)
     if mirrored is None:
-        return frozenset(inner & of_globals)
-    nodes, start = mirrored
-    _check_same_sites(example.nodes, nodes)
-    found = set(inner & of_globals)
-    rows = {structure.data_plate} if structure.data_plate is not None and not start else set()
+        return frozenset(found)
+    _check_same_sites(example.nodes, mirrored.nodes)
+    rows = {structure.data_plate} if structure.data_plate is not None and mirrored.has_reversed_rows else set()
     for name, site in structure.sites.items():
         plates = {frame.name for frame in site.frames} & (inner | rows)
-        if (
-            site.is_local
-            and plates - found
-            and not _is_mirrored(example.nodes[name], nodes[name], start, layout, structure)
-        ):
+        if site.is_local and plates - found and not _is_mirrored(example.nodes[name], mirrored, structure):
             found |= plates
     return frozenset(found)
 
 
-def _run_mirrored(probe: Probe, args: Args, kwargs: Kwargs) -> tuple[Nodes, int] | None:
+class _Mirrored(NamedTuple):
+    """A run of the model with reversed plates.
+
+    Attributes:
+        nodes: Its sites.
+        start: First row of the batch that it ran on.
+        has_reversed_rows: Whether rows were reversed too.
+    """
+
+    nodes: Nodes
+    start: int
+    has_reversed_rows: bool
+
+
+def _run_mirrored(probe: Probe, args: Args, kwargs: Kwargs, example: Reading) -> _Mirrored | None:
     """Run the model on the second half of the rows, inner plates reversed, or on all rows if it takes no fewer."""
-    rows = batch_rows(args, kwargs) or 0
-    has_rows = probe.structure.data_plate is not None and not probe.structure.draws_own_rows
-    starts = [rows // 2, 0] if has_rows and rows == probe.structure.rows and rows > 1 else [0]
-    for start in starts:
+    rows, plate = batch_rows(args, kwargs) or 0, probe.structure.data_plate
+    # rows that the model takes out of the data by an index are not where its arguments have them
+    has_rows = plate is not None and rows == probe.structure.rows and plate not in {*example.indices, *probe.drawn}
+    for start in [rows // 2, 0] if has_rows and rows > 1 else [0]:
         part = take_rows(args, kwargs, slice(start, None)) if start else (args, dict(kwargs))
+        reverses_rows = has_rows and not start
         try:
-            return probe.run_quietly(*_reversed(probe, *part, with_rows=has_rows and not start)), start
+            nodes = probe.run_quietly(*_reversed(probe, *part, with_rows=reverses_rows))
         except (AEVBError, RuntimeError, ValueError, IndexError, TypeError):
             continue  # a model that needs all rows, or whose arguments are no plates where their sizes say so
+        return _Mirrored(nodes, start, reverses_rows)
     return None
 
 
@@ -103,24 +118,48 @@ def _listed(sites: dict[str, tuple[bool, tuple[int, ...], list[str]]]) -> str:
     return ", ".join(f"{name} {list(shape)} in {plates}" for name, (_, shape, plates) in sites.items())
 
 
-def _is_mirrored(node: Any, other: Any, start: int, layout: Layout, structure: Structure) -> bool:
+def _is_mirrored(node: Any, mirrored: _Mirrored, structure: Structure) -> bool:
     """Tell whether a site's densities are those of the mirrored run, read backwards."""
-    first, second = (_density(each["fn"]) for each in (node, other))
-    site = structure.sites[node["name"]]
-    if start and structure.data_dim is not None:
-        first = first.narrow(structure.data_dim, start, first.shape[structure.data_dim] - start)
-    rows = None if not start else structure.data_plate
-    dims = [frame.dim for frame in site.frames if frame.dim is not None and frame.name != rows]
-    return first.shape == second.shape and torch.allclose(
-        first, second.flip(dims), rtol=1e-4, atol=1e-4, equal_nan=True
-    )
+    site, other = structure.sites[node["name"]], mirrored.nodes[node["name"]]["fn"]
+    event_dim, fn, data_dim = len(site.event_shape), node["fn"], structure.data_dim
+    # one value for both, so that what was observed or is missing tells nothing, only the parameters do
+    value = unmasked_value(node).expand(fn.batch_shape + fn.event_shape)
+    first = _density(fn, value)
+    if mirrored.start and data_dim is not None:
+        count = first.shape[data_dim] - mirrored.start
+        first = first.narrow(data_dim, mirrored.start, count)
+        value = value.narrow(data_dim - event_dim, mirrored.start, count)
+    if other.batch_shape != first.shape:
+        return False
+    kept = None if mirrored.has_reversed_rows else structure.data_plate
+    dims = [frame.dim for frame in site.frames if frame.dim is not None and frame.name != kept]
+    second = _density(other, value.flip([dim - event_dim for dim in dims])).flip(dims)
+    return torch.allclose(first, second, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-def _density(fn: SiteDistribution) -> Tensor:
-    """Return a distribution's log density at one point, which tells its parameters apart whatever was observed."""
+def _density(fn: SiteDistribution, value: Tensor) -> Tensor:
+    """Return a distribution's log density without its masks."""
     while isinstance(fn, MaskedDistribution):
         fn = fn.base_dist
-    return fn.log_prob(feasible(fn)).expand(fn.batch_shape)
+    return fn.log_prob(value).expand(fn.batch_shape)
+
+
+def unlike_steps(structure: Structure, coordinates: Mapping[str, Coordinates]) -> frozenset[str]:
+    """Return the latents that differ in a number of their names alone and whose priors are of other units.
+
+    Args:
+        structure: The model's structure.
+        coordinates: Coordinates of the latents, in units of their priors.
+    """
+    unlike: set[str] = set()
+    for members in numbered_sites(structure).values():
+        own = [coordinates[name] for name in members.values() if name in coordinates]
+        if len(own) > 1:
+            locs, scales = torch.stack([item.loc for item in own]), torch.stack([item.scale for item in own])
+            widest, distance = scales.amax(0), locs.amax(0) - locs.amin(0)
+            if (widest > _MOST_UNLIKE * scales.amin(0)).any() or (distance > _MOST_UNLIKE * widest).any():
+                unlike |= set(members.values())
+    return frozenset(unlike)
 
 
 def uneven_units(structure: Structure, units: tuple[Unit, ...], example: Reading) -> frozenset[int]:
@@ -136,6 +175,6 @@ def uneven_units(structure: Structure, units: tuple[Unit, ...], example: Reading
 
 def _is_even(names: list[str], nodes: Nodes) -> bool:
     """Tell whether sites have one distribution, by their densities at one value."""
-    fns = [nodes[name]["fn"] for name in names]
-    densities = [fn.log_prob(feasible(fns[0])) for fn in fns if fn.event_shape == fns[0].event_shape]
+    value = unmasked_value(nodes[names[0]])
+    densities = [_density(nodes[name]["fn"], value) for name in names]
     return all(torch.allclose(densities[0], item, rtol=1e-4, atol=1e-4, equal_nan=True) for item in densities)

@@ -32,11 +32,13 @@ class Dependencies:
             is a latent.
         arguments: Tensor arguments with rows, by the same names.
         ordered: Inner plates along which a site at one index depends on a value at another, as in a vectorised time series.
+        whole: Arguments that a site at one index of its inner plates reads at others too, whatever the sizes of their axes.
     """
 
     parents: dict[str, frozenset[str]]
     arguments: dict[str, Tensor]
     ordered: frozenset[str]
+    whole: frozenset[str] = frozenset()
 
 
 @runtime_checkable
@@ -87,7 +89,7 @@ def read_dependencies(model: PyroProgram, args: Args, kwargs: Kwargs, structure:
     }
     with preserved_state(find_modules(model)):
         runs = Runs(model, args, kwargs, _argument_places(model, args, kwargs))
-        first, parents = runs.read({}, members)
+        first, parents = runs.read({}, members, has_rows=structure.data_plate is not None)
         _check_sites(parents.keys(), structure)
         for name in _lost_latents(parents, structure):
             for child in runs.children(name, first):
@@ -98,7 +100,7 @@ def read_dependencies(model: PyroProgram, args: Args, kwargs: Kwargs, structure:
             f"Let an observation depend on it, or drop it from the model.",
             AEVBWarning,
         )
-    return Dependencies(parents=parents, arguments=runs.arguments, ordered=frozenset(first.ordered))
+    return Dependencies(parents, runs.arguments, frozenset(first.ordered), frozenset(first.whole))
 
 
 def prior_parents(model: PyroProgram, values: Values, args: Args, kwargs: Kwargs) -> dict[str, frozenset[str]]:

@@ -9,7 +9,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
-from pyro_aevb.errors import AEVBError, NonFiniteError, ParticleWarning, warn_user
+from pyro_aevb.errors import AEVBError, GuideError, NonFiniteError, ParticleWarning, warn_user
 from pyro_aevb.program.agreement import check_guide, check_masks
 from pyro_aevb.program.dependencies import prior_parents
 from pyro_aevb.program.divergence import closed_form_kl
@@ -153,8 +153,15 @@ class ImportanceProgram:
             kl_sites: Latents whose closed-form KL is wanted.
 
         Raises:
-            GuideError: If model and guide give a latent different masks or scales.
+            GuideError: If model and guide give a latent different masks or scales, or the guide lacks a latent.
         """
+        for name, site in model.items():
+            if not site.is_observed and name not in guide and self._is_latent(name):
+                raise GuideError(
+                    f"The model sampled site {name!r}, which the guide does not: the model's sites differ from run to run. Give "
+                    f"every batch one structure, and switch parts off with poutine.mask.",
+                    site=name,
+                )
         latents = [
             _latent_term(site, guide[name], wants_kl=name in kl_sites)
             for name, site in model.items()
@@ -173,6 +180,11 @@ class ImportanceProgram:
             shape=(axes.num_particles, axes.num_importance_samples, rows),
             like=like,
         )
+
+    def _is_latent(self, name: str) -> bool:
+        """Tell whether an unobserved site of the model is a latent, rather than the unobserved half of an ``obs_mask`` site."""
+        site = self.structure.sites.get(name)
+        return site is None or site.kind == "latent"
 
     def draw_terms(self, args: Args, kwargs: Kwargs, num_particles: int = 1, num_importance_samples: int = 1) -> Terms:
         """Draw from the guide and weigh the draws under both programs."""

@@ -47,7 +47,7 @@ class Runs:
         self._densities: Values = {}
 
     def read(
-        self, values: Values, members: Mapping[str, frozenset[str]]
+        self, values: Values, members: Mapping[str, frozenset[str]], *, has_rows: bool = True
     ) -> tuple["FirstReading", dict[str, frozenset[str]]]:
         """Run twice, with given values of latents or with drawn ones, and return the first reading and the joined parents.
 
@@ -56,7 +56,7 @@ class Runs:
         """
         leaves = {name: _leaf(item) for name, item in self.arguments.items() if item.is_floating_point()}
         try:
-            first = FirstReading(leaves, members)
+            first = FirstReading(leaves, members, has_rows=has_rows)
             # a leaf itself could not be assigned into, its copy can
             self._run(first, ReplayValues(values), arguments={name: leaf.clone() for name, leaf in leaves.items()})
         except Exception:
@@ -112,13 +112,17 @@ class FirstReading(Messenger):
     Attributes:
         parents: Names of leaves by site.
         ordered: Plates of ``members`` along which a site's density at one index depends on a value at another.
+        whole: Arguments that a site at one index of a plate reads at others, though their axes have the plates' sizes.
         fixed: A value of each site, inside the support, at which densities are compared.
         latents: Values of the sites that are not observed.
         fns: Distributions by site.
     """
 
-    def __init__(self, leaves: Values, members: Mapping[str, frozenset[str]]) -> None:
+    def __init__(self, leaves: Values, members: Mapping[str, frozenset[str]], *, has_rows: bool = True) -> None:
         super().__init__()
+        self.whole: set[str] = set()
+        self._arguments = dict(leaves)
+        self._first_axis = 1 if has_rows else 0
         self.parents: dict[str, frozenset[str]] = {}
         self.ordered: set[str] = set()
         self.fixed: dict[str, Any] = {}
@@ -139,6 +143,7 @@ class FirstReading(Messenger):
         gradients = zip(self._leaves, _gradients(density, self._leaves.values()), strict=True)
         self.parents[name] = frozenset(leaf for leaf, gradient in gradients if gradient is not None)
         self._compare_indices(message, density)
+        self._compare_arguments(message, density)
         if not message["is_observed"] and isinstance(value, Tensor):
             self.latents[name] = value.detach()
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -160,6 +165,23 @@ class FirstReading(Messenger):
             axis = frame.dim - fn.event_dim
             if _has_axis(value, axis, frame.size):
                 axes[name] = axis
+
+    def _compare_arguments(self, message: Message, density: Tensor) -> None:
+        """Find arguments whose axes behind the rows look like the site's inner plates and are not."""
+        fn: Any = message["fn"]
+        stack = [frame for frame in message["cond_indep_stack"] if frame.name in self._members]
+        plates = sorted((frame.dim, frame.size) for frame in stack if frame.dim is not None)
+        sizes, first = tuple(size for _, size in plates), self._first_axis
+        alike = {
+            name: leaf for name, leaf in self._arguments.items() if leaf.shape[first : first + len(sizes)] == sizes
+        }
+        if not sizes or not alike or not density.requires_grad:
+            return
+        whole = density + density.new_zeros(fn.batch_shape)
+        for name, leaf in alike.items():
+            axes = [(dim, axis) for axis, (dim, _) in enumerate(plates, start=first)]
+            if any(_indices_interact(whole, dim, [(leaf, axis)]) for dim, axis in axes):
+                self.whole.add(name)
 
 
 class _SecondReading(Messenger):

@@ -11,10 +11,19 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Independent, constraints, transform_to
 
-from pyro_aevb._types import Values
+from pyro_aevb._types import SiteDistribution, Values
 from pyro_aevb.errors import GuideError
 
-__all__ = ["Nodes", "ReplayValues", "SharedIndices", "SpentNoise", "sample_sites", "unmasked_value", "value_mask"]
+__all__ = [
+    "Nodes",
+    "ReplayValues",
+    "SharedIndices",
+    "SpentNoise",
+    "plain_support",
+    "sample_sites",
+    "unmasked_value",
+    "value_mask",
+]
 
 Nodes: TypeAlias = dict[str, Any]
 """Sample sites of a trace by name."""
@@ -127,7 +136,15 @@ def unmasked_value(node: dict[str, Any]) -> Any:
     value, mask = node["value"], value_mask(node)
     if not node["is_observed"] or mask is None or not isinstance(value, Tensor):
         return value
-    return torch.where(mask, value, _inside(node["fn"].support, value))
+    return torch.where(mask, value, _inside(plain_support(node["fn"]), value))
+
+
+def plain_support(fn: SiteDistribution) -> constraints.Constraint:
+    """Return a distribution's support, that of a mixture being its components'."""
+    support: Any = fn.support
+    while isinstance(support, constraints.MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    return support
 
 
 def _inside(support: constraints.Constraint, value: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pyro_aevb.program.batch import batch_rows, explained
 from pyro_aevb.program.dependencies import prior_parents
 from pyro_aevb.program.parameters import preserved_state
 from pyro_aevb.program.reach import find_modules
-from pyro_aevb.program.sites import Nodes, ReplayValues, sample_sites, unmasked_value, value_mask
+from pyro_aevb.program.sites import Nodes, ReplayValues, plain_support, sample_sites, unmasked_value, value_mask
 
 __all__ = ["PlateFrame", "Site", "Structure", "check_event_shape", "decide_imputed", "read_structure"]
 
@@ -293,7 +293,7 @@ def _read_site(node: dict[str, Any], frame: CondIndepStackFrame | None, nodes: N
         name=name,
         kind=kind,
         is_local=frame is None or any(item.name == frame.name for item in stack),
-        support=fn.support,
+        support=plain_support(fn),
         event_shape=tuple(fn.event_shape),
         batch_shape=tuple(fn.batch_shape),
         frames=tuple(PlateFrame(item.name, item.dim, item.size, item.full_size or item.size) for item in stack),
