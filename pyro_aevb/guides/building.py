@@ -127,21 +127,14 @@ def read_model(
     layout = read_layout(structure)
     probe = Probe(model, structure, layout)
     probe.argument_plates = (
-        dict(record.argument_plates)
-        if record
-        else {
-            name: _plates_of_argument(name, item, structure, dependencies, layout)
-            for name, item in dependencies.arguments.items()
-        }
+        dict(record.argument_plates) if record else _argument_plates(structure, dependencies, layout)
     )
     example = probe.learn(args, kwargs)
     moving = record.moving_supports if record else _moving_supports(structure, example, dependencies)
     probe.moving_supports = moving
     if moving or (record and record.runs_model):
         probe.always_run()
-    nodes = _nodes(structure, dependencies, probe.argument_plates)
-    wiring = wire(nodes, dependencies.parents, ordered=dependencies.ordered)
-    wiring = {name: wiring[name] for name in sampling_order(nodes) if name in wiring}
+    wiring = _wire(structure, dependencies, probe.argument_plates)
     apart = record.apart if record else unlike_steps(structure, _coordinates(structure, example))
     units = plan_units(structure, wiring, apart | _steps_with_own_encoders(structure, encoder))
     built = Built(
@@ -283,6 +276,23 @@ def _nodes(
             inner = {frame.name for frame in site.frames if frame.dim is not None} - {structure.data_plate}
             nodes.append(Node(site.name, site.kind, frozenset(inner), site.is_local))
     return nodes + [Node(name, "argument", frozenset(argument_plates[name]), True) for name in argument_plates]
+
+
+def _wire(
+    structure: Structure, dependencies: Dependencies, argument_plates: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[Source, ...]]:
+    """Return what each local latent reads, in the order in which they are sampled."""
+    nodes = _nodes(structure, dependencies, argument_plates)
+    wiring = wire(nodes, dependencies.parents, ordered=dependencies.ordered)
+    return {name: wiring[name] for name in sampling_order(nodes) if name in wiring}
+
+
+def _argument_plates(structure: Structure, dependencies: Dependencies, layout: Layout) -> dict[str, tuple[str, ...]]:
+    """Return the inner plates that the axes of each argument belong to."""
+    return {
+        name: _plates_of_argument(name, item, structure, dependencies, layout)
+        for name, item in dependencies.arguments.items()
+    }
 
 
 def _plates_of_argument(

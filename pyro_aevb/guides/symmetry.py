@@ -1,4 +1,4 @@
-"""Is a plate a set? A second run of the model, on the second half of the rows and with the inner plates reversed.
+"""Is a plate a set? A second run of the model, on the second half of the rows and with the inner plates moved on by one index.
 
 The same networks may serve every index of a plate, and a set encoder may pool over it, only if the model treats all indices
 alike: a plate of exchangeable observations does, a plate of features with weights of their own does not.
@@ -40,61 +40,73 @@ def asymmetric_plates(probe: Probe, args: Args, kwargs: Kwargs, example: Reading
     inner = {frame.name for frame in probe.layout.inner if frame.size == frame.full_size}
     of_globals = {frame.name for site in structure.select("latent", is_local=False) for frame in site.frames}
     found = inner & of_globals
-    mirrored = _run_mirrored(probe, args, kwargs, example)
-    if mirrored is None:
+    shifted = _run_shifted(probe, args, kwargs, example)
+    if shifted is None:
         return frozenset(found)
-    _check_same_sites(example.nodes, mirrored.nodes)
-    rows = {structure.data_plate} if structure.data_plate is not None and mirrored.has_reversed_rows else set()
+    _check_same_sites(example.nodes, shifted.nodes)
+    rows = {structure.data_plate} if structure.data_plate is not None and shifted.has_shifted_rows else set()
     for name, site in structure.sites.items():
         plates = {frame.name for frame in site.frames} & (inner | rows)
-        if site.is_local and plates - found and not _is_mirrored(example.nodes[name], mirrored, structure):
+        if site.is_local and plates - found and not _is_shifted(example.nodes[name], shifted, structure):
             found |= plates
     return frozenset(found)
 
 
-class _Mirrored(NamedTuple):
-    """A run of the model with reversed plates.
+class _Shifted(NamedTuple):
+    """A run of the model in which each index of a plate has the data of the one before it.
 
     Attributes:
         nodes: Its sites.
         start: First row of the batch that it ran on.
-        has_reversed_rows: Whether rows were reversed too.
+        has_shifted_rows: Whether rows were moved on too.
     """
 
     nodes: Nodes
     start: int
-    has_reversed_rows: bool
+    has_shifted_rows: bool
 
 
-def _run_mirrored(probe: Probe, args: Args, kwargs: Kwargs, example: Reading) -> _Mirrored | None:
-    """Run the model on the second half of the rows, inner plates reversed, or on all rows if it takes no fewer."""
+def _run_shifted(probe: Probe, args: Args, kwargs: Kwargs, example: Reading) -> _Shifted | None:
+    """Run the model on the second half of the rows, inner plates moved on, or on all rows if it takes no fewer."""
     rows, plate = batch_rows(args, kwargs) or 0, probe.structure.data_plate
     # rows that the model takes out of the data by an index are not where its arguments have them
     has_rows = plate is not None and rows == probe.structure.rows and plate not in {*example.indices, *probe.drawn}
     for start in [rows // 2, 0] if has_rows and rows > 1 else [0]:
         part = take_rows(args, kwargs, slice(start, None)) if start else (args, dict(kwargs))
-        reverses_rows = has_rows and not start
+        shifts_rows = has_rows and not start
         try:
-            nodes = probe.run_quietly(*_reversed(probe, *part, with_rows=reverses_rows))
+            nodes = probe.run_quietly(*_shifted_batch(probe, *part, with_rows=shifts_rows))
         except (AEVBError, RuntimeError, ValueError, IndexError, TypeError):
             continue  # a model that needs all rows, or whose arguments are no plates where their sizes say so
-        return _Mirrored(nodes, start, reverses_rows)
+        if start and not _has_rows(nodes, probe.structure, rows - start):
+            continue  # constants of all rows were met by half of them, which shows only when they are weighed
+        return _Shifted(nodes, start, shifts_rows)
     return None
 
 
-def _reversed(probe: Probe, args: Args, kwargs: Kwargs, *, with_rows: bool) -> tuple[Args, dict[str, Any]]:
-    """Reverse the axes of tensors that have the sizes of the inner plates, and those of the rows where asked to."""
+def _has_rows(nodes: Nodes, structure: Structure, rows: int) -> bool:
+    """Tell whether every site has as many rows as there are, or one for all."""
+    dim = structure.data_dim
+    shapes = [
+        nodes[name]["fn"].batch_shape for name, site in structure.sites.items() if site.is_local and name in nodes
+    ]
+    return dim is None or all(len(shape) < -dim or shape[dim] in (1, rows) for shape in shapes)
+
+
+def _shifted_batch(probe: Probe, args: Args, kwargs: Kwargs, *, with_rows: bool) -> tuple[Args, dict[str, Any]]:
+    """Move the axes of tensors that have the sizes of the inner plates on by one, and those of the rows where asked to."""
     first = 0 if probe.structure.data_plate is None else 1
     sizes = [frame.size for frame in probe.layout.inner]
 
-    def reverse(item: Any) -> Any:
+    def shift(item: Any) -> Any:
         if not isinstance(item, Tensor):
             return item
         axes = [first + k for k, size in enumerate(sizes) if item.shape[first + k : first + k + 1] == (size,)]
-        flipped = axes if axes == list(range(first, first + len(axes))) else []
-        return item.flip([*flipped, *([0] if with_rows and item.dim() else [])])
+        axes = axes if axes == list(range(first, first + len(axes))) else []
+        axes += [0] if with_rows and item.dim() else []
+        return item.roll([1] * len(axes), axes) if axes else item
 
-    return tuple(map(reverse, args)), {name: reverse(item) for name, item in kwargs.items()}
+    return tuple(map(shift, args)), {name: shift(item) for name, item in kwargs.items()}
 
 
 def _check_same_sites(whole: Nodes, half: Nodes) -> None:
@@ -118,22 +130,25 @@ def _listed(sites: dict[str, tuple[bool, tuple[int, ...], list[str]]]) -> str:
     return ", ".join(f"{name} {list(shape)} in {plates}" for name, (_, shape, plates) in sites.items())
 
 
-def _is_mirrored(node: Any, mirrored: _Mirrored, structure: Structure) -> bool:
-    """Tell whether a site's densities are those of the mirrored run, read backwards."""
-    site, other = structure.sites[node["name"]], mirrored.nodes[node["name"]]["fn"]
+def _is_shifted(node: Any, shifted: _Shifted, structure: Structure) -> bool:
+    """Tell whether a site's densities are those of the shifted run, moved back."""
+    site, other = structure.sites[node["name"]], shifted.nodes[node["name"]]["fn"]
     event_dim, fn, data_dim = len(site.event_shape), node["fn"], structure.data_dim
     # one value for both, so that what was observed or is missing tells nothing, only the parameters do
     value = unmasked_value(node).expand(fn.batch_shape + fn.event_shape)
     first = _density(fn, value)
-    if mirrored.start and data_dim is not None:
-        count = first.shape[data_dim] - mirrored.start
-        first = first.narrow(data_dim, mirrored.start, count)
-        value = value.narrow(data_dim - event_dim, mirrored.start, count)
+    if shifted.start and data_dim is not None:
+        count = first.shape[data_dim] - shifted.start
+        first = first.narrow(data_dim, shifted.start, count)
+        value = value.narrow(data_dim - event_dim, shifted.start, count)
     if other.batch_shape != first.shape:
         return False
-    kept = None if mirrored.has_reversed_rows else structure.data_plate
+    kept = None if shifted.has_shifted_rows else structure.data_plate
     dims = [frame.dim for frame in site.frames if frame.dim is not None and frame.name != kept]
-    second = _density(other, value.flip([dim - event_dim for dim in dims])).flip(dims)
+    if dims:
+        value = value.roll([1] * len(dims), [dim - event_dim for dim in dims])
+    second = _density(other, value)
+    second = second.roll([-1] * len(dims), dims) if dims else second
     return torch.allclose(first, second, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
@@ -153,13 +168,21 @@ def unlike_steps(structure: Structure, coordinates: Mapping[str, Coordinates]) -
     """
     unlike: set[str] = set()
     for members in numbered_sites(structure).values():
-        own = [coordinates[name] for name in members.values() if name in coordinates]
-        if len(own) > 1:
-            locs, scales = torch.stack([item.loc for item in own]), torch.stack([item.scale for item in own])
-            widest, distance = scales.amax(0), locs.amax(0) - locs.amin(0)
-            if (widest > _MOST_UNLIKE * scales.amin(0)).any() or (distance > _MOST_UNLIKE * widest).any():
-                unlike |= set(members.values())
+        names = [name for _, name in sorted(members.items()) if name in coordinates]
+        if not _is_alike([coordinates[name] for name in names]):
+            # the start of a chain has a prior of its own
+            unlike |= set(names[:1] if _is_alike([coordinates[name] for name in names[1:]]) else names)
     return frozenset(unlike)
+
+
+def _is_alike(own: list[Coordinates]) -> bool:
+    """Tell whether coordinates are of comparable units."""
+    if len(own) < 2:
+        return True
+    locs, scales = torch.stack([item.loc for item in own]), torch.stack([item.scale for item in own])
+    widest, distance = scales.amax(0), locs.amax(0) - locs.amin(0)
+    is_apart = (widest > _MOST_UNLIKE * scales.amin(0)) | (distance > _MOST_UNLIKE * widest)
+    return not bool(is_apart.any())
 
 
 def uneven_units(structure: Structure, units: tuple[Unit, ...], example: Reading) -> frozenset[int]:

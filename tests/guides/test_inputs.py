@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_aevb.errors import ModelError
+from pyro_aevb.errors import DataError, ModelError
 from pyro_aevb.guides.inputs import Input, Observation, Scale, read_scale
 from pyro_aevb.program.structure import Site
 
@@ -29,7 +29,7 @@ def make(value, mask=None, *, fn=None, event_shape=None):
     [
         (dist.Normal(torch.zeros(3), 1.0).to_event(1), Scale()),
         (dist.Normal(0.0, 1.0).mask(torch.tensor(True)), Scale()),
-        (dist.Gamma(1.0, 1.0), Scale()),
+        (dist.Gamma(1.0, 1.0), Scale(is_positive=True)),
         (dist.Beta(1.0, 1.0), Scale(is_bounded=True)),
         (dist.ContinuousBernoulli(0.3), Scale(is_bounded=True)),
         (dist.Bernoulli(torch.full((3,), 0.5)).to_event(1), Scale(is_bounded=True)),
@@ -53,8 +53,8 @@ def test_a_sites_support_says_how_it_is_read(fn, scale):
     [
         (torch.tensor([1.0, 2.0]), Scale()),
         (torch.tensor([True, False]), Scale(is_bounded=True)),
-        (torch.tensor([0, 2, 1]), Scale(num_classes=3)),
-        (torch.tensor([0, 99]), Scale(num_classes=100)),
+        (torch.tensor([0, 2, 1]), Scale(num_classes=3, has_number=True)),
+        (torch.tensor([0, 99]), Scale(num_classes=100, has_number=True)),
         (torch.tensor([0, 100]), Scale(is_count=True)),
         (torch.tensor([-1, 2]), Scale()),
     ],
@@ -66,7 +66,7 @@ def test_an_arguments_values_say_how_it_is_read(values, scale):
 
 def test_missing_entries_do_not_say_how_an_argument_is_read():
     values, mask = torch.tensor([[3], [-1], [0]]), torch.tensor([[True], [False], [True]])
-    assert read_scale(None, Observation(values, mask)) == Scale(num_classes=4)
+    assert read_scale(None, Observation(values, mask)) == Scale(num_classes=4, has_number=True)
 
 
 def test_numbers_are_standardised_by_their_own_mean_and_deviation():
@@ -160,15 +160,52 @@ def test_outliers_are_cut_at_ten_deviations():
     assert abs(value[2, 0]) < 1.5
 
 
+def test_positive_numbers_are_read_by_their_logarithm_and_with_zeros_by_that_of_one_more():
+    numbers = np.random.default_rng(0).lognormal(3.0, 2.0, (200, 2)).astype(np.float32)
+    fn = dist.LogNormal(torch.zeros(2), 1.0).to_event(1)
+    logs = np.log(numbers)
+    own = make(torch.as_tensor(numbers), fn=fn)
+    value = own(Observation(torch.as_tensor(numbers), None)).value
+    np.testing.assert_allclose(value, (logs - logs.mean(0)) / logs.std(0), rtol=1e-3, atol=1e-3)
+    assert own(Observation(torch.zeros(1, 2), None)).value.isfinite().all()  # a filler under a mask
+    numbers[0] = 0.0
+    logs = np.log1p(numbers)
+    value = make(torch.as_tensor(numbers), fn=fn)(Observation(torch.as_tensor(numbers), None)).value
+    np.testing.assert_allclose(value, (logs - logs.mean(0)) / logs.std(0), rtol=1e-3, atol=1e-3)
+
+
 def test_classes_are_one_input_each_and_an_unknown_class_is_none_of_them():
     labels = torch.tensor([[0], [2], [1], [2]])
-    own = make(labels, event_shape=(1,))
+    own = make(labels, fn=dist.Categorical(torch.full((1, 3), 1 / 3)).to_event(1))
     assert own.event_shape == (3,)
     shares = np.array([0.25, 0.25, 0.5])
     deviation = np.maximum(np.sqrt(shares * (1 - shares)), 0.25)
     value = own(Observation(torch.tensor([[2], [5]]), None)).value
     np.testing.assert_allclose(value[0], (np.array([0, 0, 1]) - shares) / deviation, rtol=1e-5)
     np.testing.assert_allclose(value[1], -shares / deviation, rtol=1e-5)
+
+
+def test_classes_of_an_argument_are_read_as_a_number_too():
+    labels = torch.tensor([[0], [2], [1], [2]])
+    own = make(labels, event_shape=(1,))
+    assert (own.event_shape, own.given_shape) == ((4,), (1, 4))
+    third, unknown = own(Observation(torch.tensor([[2], [5]]), None)).value
+    deviation = np.std([0, 2, 1, 2])
+    assert third[3].item() == pytest.approx((2 - 1.25) / deviation)
+    assert unknown[3].item() == pytest.approx((5 - 1.25) / deviation)
+    assert unknown[:3].tolist() != third[:3].tolist()
+
+
+def test_small_images_are_vectors():
+    assert not make(torch.randn(20, 2, 3, 8)).is_image
+    assert make(torch.randn(20, 2, 4, 4)).is_image
+
+
+def test_a_mask_that_the_example_lacked_is_refused():
+    x = torch.randn(10, 4)
+    with pytest.raises(DataError, match=r"'x' are masked or NaN.*none were.*guide.build") as caught:
+        make(x)(Observation(x, x > 0))
+    assert caught.value.site == "x"
 
 
 def test_a_missing_class_is_masked_in_each_of_its_inputs():

@@ -231,41 +231,71 @@ class Features(nn.Module):
         return torch.ones(rows, *self.shape)
 
 
+def custom(module, shapes, *, plates=(), is_series=False):
+    return CustomEncoder(module, shapes, plates, is_series=is_series)
+
+
 def test_a_users_encoder_is_called_with_the_event_and_without_plates_of_size_one():
     value = torch.randn(ROWS, 1, 1, 2, 8, 8)
     module = Features((7,))
-    features = CustomEncoder(module, ["x"])([Observation(value, None)], 3)
+    features = custom(module, {"x": (2, 8, 8)})([Observation(value, None)], 3)
     assert torch.equal(module.x, value[:, 0, 0])
     assert features.shape == (ROWS, 1, 1, 7)
 
 
-def test_a_users_encoder_gets_several_sources_by_name():
-    first, second = torch.randn(ROWS, 1, 1, 2), torch.randn(ROWS, 1, 1, 3)
+def test_a_users_encoder_gets_events_as_the_model_has_them():
+    matrix, number = torch.randn(ROWS, 1, 1, 6), torch.randn(ROWS, 1, 1, 1)
     module = Features((7,))
-    CustomEncoder(module, ["x", "y"])([Observation(first, None), Observation(second, None)], 3)
-    assert torch.equal(module.x["x"], first[:, 0, 0])
-    assert torch.equal(module.x["y"], second[:, 0, 0])
+    custom(module, {"x": (2, 3), "y": ()})([Observation(matrix, None), Observation(number, None)], 3)
+    assert torch.equal(module.x["x"], matrix.reshape(ROWS, 2, 3))
+    assert torch.equal(module.x["y"], number[:, 0, 0])
+
+
+def test_a_users_encoder_keeps_the_plates_of_its_latent():
+    value = torch.randn(ROWS, 1, COLUMNS, 2)
+    module = Features((COLUMNS, 7))
+    features = custom(module, {"x": (2,)}, plates=[2])([Observation(value, None)], 3)
+    assert torch.equal(module.x, value[:, 0])
+    assert features.shape == (ROWS, 1, COLUMNS, 7)
+
+
+def test_a_users_encoder_of_a_series_returns_features_of_each_time():
+    value = torch.randn(ROWS, 1, 1, 6, 2)
+    module = Features((6, 7))
+    features = custom(module, {"x": (6, 2)}, is_series=True)([Observation(value, None)], 3)
+    assert torch.equal(module.x, value[:, 0, 0])
+    assert features.shape == (ROWS, 1, 1, 6, 7)
 
 
 def test_masks_are_joined_to_a_users_features():
     value, mask = torch.randn(ROWS, 1, 1, 3), torch.rand(ROWS, 1, 1, 3) < 0.5
-    features = CustomEncoder(Features((7,)), ["x"])([Observation(value, mask)], 3)
+    features = custom(Features((7,)), {"x": (3,)})([Observation(value, mask)], 3)
     assert torch.equal(features[..., 7:], mask.float())
+
+
+def test_masks_of_a_plate_that_is_pooled_are_one_vector():
+    value, mask = torch.randn(ROWS, LINES, COLUMNS, 2), torch.rand(ROWS, LINES, COLUMNS, 2) < 0.5
+    module = Features((LINES, 7))
+    features = custom(module, {"x": (2,)}, plates=[1])([Observation(value, mask)], 3)
+    assert torch.equal(module.x, value)
+    assert features.shape == (ROWS, LINES, 1, 7 + 2 * COLUMNS)
+    assert torch.equal(features[:, :, 0, 7:], mask.float().flatten(2))
 
 
 @pytest.mark.parametrize(
     ("module", "got"),
     [
-        (nn.Flatten(0), r"got \[15\]"),
+        (nn.Flatten(0), r"\[5, 'features'\] of x: \[5, 3\], got \[15\]"),
         (Features(()), r"got \[5\]"),
-        (nn.Unflatten(0, (1, ROWS)), r"\[5, \.\.\.\], got \[1, 5, 3\]"),
-        (nn.GRU(3, 4), "got tuple"),
+        (nn.Unflatten(0, (1, ROWS)), r"got \[1, 5, 3\]"),
+        (nn.GRU(3, 4), "got.*tuple"),
+        (nn.Linear(9, 4), r"failed on x: \[5, 3\].*shapes"),
     ],
-    ids=["flat", "no features", "rows lost", "tuple"],
+    ids=["flat", "no features", "rows lost", "tuple", "other inputs"],
 )
 def test_a_users_encoder_that_returns_something_else_is_told_what_is_expected(module, got):
-    with pytest.raises(GuideError, match=rf"(?s){type(module).__name__} must return \[rows, features\].*{got}"):
-        CustomEncoder(module, ["x"])([Observation(torch.randn(ROWS, 1, 1, 3), None)], 3)
+    with pytest.raises(GuideError, match=rf"(?s)encoder {type(module).__name__} .*{got}"):
+        custom(module, {"x": (3,)})([Observation(torch.randn(ROWS, 1, 1, 3), None)], 3)
 
 
 def test_readers_are_the_encoders_of_the_package():

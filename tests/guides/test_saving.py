@@ -139,7 +139,10 @@ class TestRoundTrip:
             saved = json.loads(file.metadata()["pyro_aevb"])["guide"]
         assert saved["class"] == "AutoAmortizedNormal"
         assert saved["record"]["parents"]["x"] == ["@label", "z"]
-        assert saved["record"]["inputs"][1] == [{"num_classes": 3, "is_count": False, "is_bounded": False}, False]
+        assert saved["record"]["inputs"][1] == [
+            {"num_classes": 3, "is_count": False, "is_bounded": False, "has_number": True, "is_positive": False},
+            False,
+        ]
 
 
 class TestWhatDoesNotFit:

@@ -51,7 +51,6 @@ def test_any_parameter_may_tell_indices_apart():
     assert asymmetric(plated(lambda w: dist.Normal(w, 0.5), latent=lambda z: dist.Normal(z, 1.0)), x) == frozenset()
 
 
-@pytest.mark.xfail(reason="plates are compared with their mirror image")
 def test_weights_that_are_a_palindrome_are_no_set():
     mirror = torch.tensor([1.0, -2.0, 1.0])
     assert asymmetric(plated(lambda z: dist.Normal(z * mirror, 0.5)), torch.randn(ROWS, 3)) == {"inner"}
@@ -112,7 +111,6 @@ def test_one_plate_of_two_is_a_set():
     assert asymmetric(model, torch.randn(ROWS, 4, 3)) == {"features"}
 
 
-@pytest.mark.xfail(reason="half the rows are no error where nothing is weighed")
 def test_a_model_that_takes_all_rows_or_none_tells_its_rows_apart():
     """Known standard errors of eight schools that are no argument."""
     errors = torch.arange(1.0, 9.0)
@@ -164,7 +162,6 @@ def test_steps_that_are_not_alike_are_told_apart(scales, first, is_even):
     assert built.uneven == (frozenset() if is_even else frozenset({0}))
 
 
-@pytest.mark.xfail(reason="one odd step sets all steps apart")
 def test_a_diffuse_start_leaves_the_other_steps_a_series():
     def model(x):
         with pyro.plate("data", len(x)):
