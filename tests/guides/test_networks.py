@@ -262,7 +262,7 @@ def test_a_users_encoder_keeps_the_plates_of_its_latent():
 def test_a_users_encoder_of_a_series_returns_features_of_each_time():
     value = torch.randn(ROWS, 1, 1, 6, 2)
     module = Features((6, 7))
-    features = custom(module, {"x": (6, 2)}, is_series=True)([Observation(value, None)], 3)
+    features = custom(module, {"x": (2,)}, is_series=True)([Observation(value, None)], 3)
     assert torch.equal(module.x, value[:, 0, 0])
     assert features.shape == (ROWS, 1, 1, 6, 7)
 
