@@ -114,7 +114,15 @@ def test_numbers_are_those_of_the_result(demo):
     assert float(numbers["log p(x), K = 200"]) == pytest.approx(many.evidence.value.mean().item(), abs=0.006)
     assert float(numbers["k-hat, median"]) == pytest.approx(many.evidence.k_hat.nanmedian().item(), abs=0.006)
     assert numbers["epochs"] == "2"
-    assert numbers["parameters"] == f"{64 * 200 + 200 + 200 * 6 + 6 + 3 * 200 + 200 + 200 * 64 + 64:,}"
+    decoder = 3 * 200 + 200 + 200 * 64 + 64
+    built = sum(parameter.numel() for parameter in many.vi.guide.parameters())
+    assert numbers["parameters"] == f"{decoder + built:,}"
+
+
+def test_the_page_shows_the_model_and_what_was_built_from_it(demo, written):
+    text = "".join(written.text)
+    assert "def model(self, x: Tensor)" in text
+    assert str(demo.trials[0].vi.guide.explain()) in text
 
 
 def test_bounds_rise_with_the_number_of_draws(demo):
@@ -188,13 +196,6 @@ def test_the_vae_decodes_to_the_means_of_its_likelihood():
     vae, x = VAE(pixels=6, latent=2, hidden=5), torch.rand(4, 6)
     nodes = pyro.poutine.trace(vae.model).get_trace(x).nodes
     torch.testing.assert_close(nodes["x"]["fn"].mean, vae.decode(nodes["z"]["value"]))
-
-
-def test_the_guide_halves_the_log_variance():
-    """The encoder's second half is the logarithm of a variance, as in appendix C.2."""
-    vae, x = VAE(pixels=6, latent=2, hidden=5), torch.rand(4, 6)
-    fn = pyro.poutine.trace(vae.guide).get_trace(x).nodes["z"]["fn"]
-    torch.testing.assert_close(fn.variance.log(), vae.encoder(x)[:, 2:])
 
 
 # The command line
@@ -311,9 +312,9 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 @pytest.mark.slow
 def test_the_demo_as_it_comes_learns_the_digits(tmp_path):
-    """Ten latents tell more than two, and the bound on unseen digits is still rising after a quarter of the run."""
+    """Both models reach what a guide by hand reached (-23.9 nats), and unseen digits still gain after a quarter of the run."""
     large, small = job.run("digits", tmp_path, progress=False).trials
-    assert small.elbo < large.elbo < large.importance_weighted
-    assert large.elbo > -24.5
+    for one in (large, small):
+        assert -24.3 < one.elbo < one.importance_weighted
     history = [record["validation_bound"] for record in large.fit.history]
     assert history[-1] > history[len(history) // 4] > history[0]

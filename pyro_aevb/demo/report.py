@@ -4,6 +4,7 @@ import inspect
 import platform
 import textwrap
 from collections.abc import Mapping
+from typing import cast
 
 import pyro
 import torch
@@ -13,6 +14,7 @@ from pyro_aevb.datasets import ImageData
 from pyro_aevb.demo import page
 from pyro_aevb.demo.trial import Plan, Trial, nats
 from pyro_aevb.demo.vae import VAE
+from pyro_aevb.guides.base import AmortizedGuide
 
 __all__ = ["CAPTIONS", "report"]
 
@@ -47,7 +49,7 @@ def report(
     shown = {name: page.picture(content, CAPTIONS[name]) for name, content in pictures.items()}
     numbers = {name: (value, two.numbers()[name]) for name, value in many.numbers().items()}
     sections: list[page.Section] = [
-        ("What was done", _what_was_done(plan, images)),
+        ("What was done", _what_was_done(plan, images, many)),
         ("Training", [shown["history"]]),
         ("Posterior of unseen digits", [shown["reconstructions"]]),
         ("Samples", [shown["samples"]]),
@@ -59,18 +61,21 @@ def report(
     return page.render("Auto-Encoding Variational Bayes on real digits", _lead(seconds), _tiles(many), sections)
 
 
-def _what_was_done(plan: Plan, images: ImageData) -> list[str]:
+def _what_was_done(plan: Plan, images: ImageData, many: Trial) -> list[str]:
     size = " x ".join(map(str, images.image_shape))
     return [
         page.paragraph(
             f"Data: {plan.source}, {len(images.train):,} to train and {len(images.test):,} never trained on, {size} grey "
-            f"levels between 0 and 1. Model and guide are the Pyro programs below, with {plan.hidden} tanh units in a hidden "
-            f"layer on either side: section 3 and appendix C of Kingma & Welling, arXiv 1312.6114. AEVB maximized their "
-            f"evidence lower bound by the paper's SGVB (KL term in closed form, one draw of z per digit and step), in "
-            f"batches of 100. Unlike the paper: Adam with learning rate {plan.learning_rate:g} instead of Adagrad, torch's "
-            f"default initial weights instead of N(0, 0.01), and no prior on the weights."
+            f"levels between 0 and 1. The model is the Pyro program below, with {plan.hidden} tanh units in the hidden layer of "
+            f"its decoder: section 3 and appendix C of Kingma & Welling, arXiv 1312.6114. It is all that was written; the guide "
+            f"q(z | x) built itself from it. AEVB maximized their evidence lower bound by the paper's SGVB (KL term in closed "
+            f"form, one draw of z per digit and step), in batches of 100. Unlike the paper: the guide's network, Adam with "
+            f"learning rate {plan.learning_rate:g} instead of Adagrad, torch's default initial weights instead of N(0, 0.01), "
+            f"and no prior on the weights."
         ),
-        page.code(textwrap.dedent(f"{inspect.getsource(VAE.model)}\n{inspect.getsource(VAE.guide)}")),
+        page.code(textwrap.dedent(inspect.getsource(VAE.model))),
+        page.paragraph("The guide, as it explains itself:"),
+        page.code(str(cast(AmortizedGuide, many.vi.guide).explain())),
         page.paragraph(
             "Grey levels enter the Bernoulli density x log p + (1 − x) log(1 − p), as in the paper. "
             "This is no log-likelihood of binary data, and no density of grey levels either: compare the nats on this page only "
@@ -88,8 +93,8 @@ READING = (
 
 def _lead(seconds: float) -> str:
     return (
-        f"A Pyro model and a Pyro guide, written by hand, were trained together through AEVB; then the guide gave posteriors of "
-        f"digits it never saw, and importance sampling weighed them. It took {seconds:.0f} seconds."
+        f"AEVB built a guide from a Pyro model and trained both together; then the guide gave posteriors of digits it never saw, "
+        f"and importance sampling weighed them. It took {seconds:.0f} seconds."
     )
 
 

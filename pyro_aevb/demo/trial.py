@@ -29,7 +29,7 @@ class Plan:
     Attributes:
         source: The data's name in a sentence.
         load: Returns them.
-        hidden: Hidden units.
+        hidden: Hidden units of the decoder.
         latent: Latents of the first model.
         num_epochs: Passes over the data, for both models.
         learning_rate: Of Adam.
@@ -59,8 +59,8 @@ class Trial:
     """One trained model and what it is worth on unseen digits, in nats per digit.
 
     Attributes:
-        vae: Model and guide.
-        vi: The wrapper around them.
+        vae: The model.
+        vi: The model and the guide that was built from it.
         fit: How training went; its validation bound is that of all test digits.
         elbo: Evidence lower bound of the weighed test digits.
         importance_weighted: Their importance-weighted bound.
@@ -80,7 +80,7 @@ class Trial:
         unflagged = f"{nats(summary.unflagged_mean)} ± {summary.unflagged_monte_carlo_se:.3f}"
         return {
             "latents": f"{self.vae.latent}",
-            "parameters": f"{sum(parameter.numel() for parameter in self.vae.parameters()):,}",
+            "parameters": f"{sum(parameter.numel() for parameter in self.vi.module.parameters()):,}",
             "epochs": f"{len(self.fit.history)}",
             "time per step": f"{1e3 * self.fit.seconds_per_step:.2f} ms",
             "bound, training digits, last epoch": nats(self.fit.history[-1]["bound"]),
@@ -108,7 +108,7 @@ def try_model(plan: Plan, images: ImageData, latent: int, *, seed: int, progress
         print(f"A model with {latent} latents and {plan.hidden} hidden units, {plan.num_epochs} epochs:", flush=True)
     with seeded(seed):
         vae = VAE(images.train.shape[1], latent, plan.hidden)
-    vi = AEVB(vae.model, vae.guide)
+    vi = AEVB(vae.model)
     fit = vi.fit(
         images.train,
         num_epochs=plan.num_epochs,
@@ -125,14 +125,14 @@ def try_model(plan: Plan, images: ImageData, latent: int, *, seed: int, progress
         warnings.simplefilter("ignore", UnreliableWarning)  # the page counts them
         evidence = vi.log_marginal(weighed, num_samples=NUM_SAMPLES, seed=seed, progress=progress)
     with seeded(seed):
-        elbo = _mean_bound(SGVB(NUM_IMPORTANCE_SAMPLES), vae, weighed)
-        importance_weighted = _mean_bound(IWELBO(NUM_IMPORTANCE_SAMPLES), vae, weighed)
+        elbo = _mean_bound(SGVB(NUM_IMPORTANCE_SAMPLES), vi, weighed)
+        importance_weighted = _mean_bound(IWELBO(NUM_IMPORTANCE_SAMPLES), vi, weighed)
     return Trial(vae, vi, fit, elbo, importance_weighted, evidence)
 
 
-def _mean_bound(objective: SGVB | IWELBO, vae: VAE, rows: Tensor) -> float:
+def _mean_bound(objective: SGVB | IWELBO, vi: AEVB, rows: Tensor) -> float:
     """Return an objective's bound in nats per row, in chunks that fit into memory."""
-    parts = [objective.bounds(vae.model, vae.guide, part).local for part in rows.split(100)]
+    parts = [objective.bounds(vi.model, vi.guide, part).local for part in rows.split(100)]
     return torch.cat(parts).mean().item()
 
 

@@ -1,4 +1,4 @@
-"""The paper's variational auto-encoder (Kingma & Welling, arXiv 1312.6114, section 3 and appendix C) as Pyro programs."""
+"""The paper's variational auto-encoder (Kingma & Welling, arXiv 1312.6114, section 3 and appendix C) as a Pyro program."""
 
 import pyro
 import pyro.distributions as dist
@@ -9,23 +9,22 @@ __all__ = ["VAE"]
 
 
 class VAE(nn.Module):
-    r"""A Pyro model p(x, z) and a guide q(z | x) by hand, each with one hidden layer of tanh units.
+    r"""A Pyro model p(x, z) with one hidden layer of tanh units; its guide q(z | x) is built from it.
 
-    .. math:: z \sim N(0, I), \quad x \sim \mathrm{Bernoulli}(f(z)), \quad q(z | x) = N(\mu(x), \sigma^2(x))
+    .. math:: z \sim N(0, I), \quad x \sim \mathrm{Bernoulli}(f(z))
 
-    Appendix C.1 gives the decoder f, C.2 the encoder :math:`(\mu, \log \sigma^2)`. Grey levels in [0, 1] may stand for x, as in
-    the paper; the density is then that of no distribution of grey levels, so ``validate_args`` is off.
+    Appendix C.1 gives the decoder f. Grey levels in [0, 1] may stand for x, as in the paper; the density is then that of no
+    distribution of grey levels, so ``validate_args`` is off.
 
     Args:
         pixels: Length of x.
         latent: Length of z.
-        hidden: Hidden units of encoder and decoder.
+        hidden: Hidden units of the decoder.
     """
 
     def __init__(self, pixels: int, latent: int, hidden: int) -> None:
         super().__init__()
         self.latent = latent
-        self.encoder = nn.Sequential(nn.Linear(pixels, hidden), nn.Tanh(), nn.Linear(hidden, 2 * latent))
         self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, pixels))
 
     def model(self, x: Tensor) -> None:
@@ -34,13 +33,6 @@ class VAE(nn.Module):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(self.latent), 1.0).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=self.decoder(z), validate_args=False).to_event(1), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        """Draw latents from the encoder's normal."""
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
-            loc, log_variance = self.encoder(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, (log_variance / 2).exp()).to_event(1))
 
     def decode(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch pixels"]:
         """Return E[x | z]."""
