@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,7 +70,7 @@ class AmortizedGuide(RefinableGuide):
         init_scale: float = 0.1,
     ) -> None:
         super().__init__(model)
-        if not isinstance(init_scale, int | float) or isinstance(init_scale, bool) or not init_scale > 0:
+        if not isinstance(init_scale, int | float) or isinstance(init_scale, bool) or not 0 < init_scale < inf:
             raise SettingError(f"init_scale must be a positive number, got {init_scale!r}.")
         _check_encoder(encoder)
         chosen = self.own_global_guide if global_guide is None else global_guide

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_aevb._types import Args, Kwargs, PyroProgram
 from pyro_aevb.errors import DataError, GuideError, ModelError
 from pyro_aevb.guides.amortized import Blueprint, LocalGuide
-from pyro_aevb.guides.coordinates import Coordinates, has_ends, is_same_support, read_coordinates
+from pyro_aevb.guides.coordinates import Coordinates, has_ends, is_same_support, read_coordinates, unconstrained_shape
 from pyro_aevb.guides.families import Family
 from pyro_aevb.guides.global_latents import GlobalGuide, Joint, OwnGuide, PerSite
 from pyro_aevb.guides.inputs import Scale
@@ -123,6 +123,8 @@ def read_model(
     _check_observed(structure)
     dependencies = record.dependencies if record else read_dependencies(model, args, kwargs, structure)
     structure = decide_imputed(structure, dependencies.parents)
+    for site in structure.select("latent"):
+        unconstrained_shape(site)  # said before the model is run at fixed values, which needs the map
     _check_lengths(structure, dependencies.arguments)
     layout = read_layout(structure)
     probe = Probe(model, structure, layout)

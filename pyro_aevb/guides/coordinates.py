@@ -23,7 +23,16 @@ from pyro_aevb.errors import ModelError
 from pyro_aevb.program.sites import plain_support
 from pyro_aevb.program.structure import Site
 
-__all__ = ["Coordinates", "bijection", "feasible", "has_ends", "is_same_support", "read_coordinates", "transformed"]
+__all__ = [
+    "Coordinates",
+    "bijection",
+    "feasible",
+    "has_ends",
+    "is_same_support",
+    "read_coordinates",
+    "transformed",
+    "unconstrained_shape",
+]
 
 _LARGEST = 10.0
 """Standardised coordinates that networks read are cut here: a value at the end of its support has infinite ones."""
@@ -104,23 +113,31 @@ def read_coordinates(site: Site, fn: SiteDistribution) -> Coordinates:
     Raises:
         ModelError: If there is no bijection onto the support.
     """
-    kind = _kind(site)
-    shape = site.event_shape
-    if kind == "euclidean":
-        try:
-            shape = tuple(biject_to(site.support).inverse_shape(torch.Size(site.event_shape)))
-        except NotImplementedError as error:
-            raise ModelError(
-                f"There is no map from unconstrained space onto the support {site.support} of latent site {site.name!r} "
-                f"({site.family}). Register one with torch.distributions.biject_to, or write this site's guide by hand.",
-                site=site.name,
-            ) from error
+    kind, shape = _kind(site), unconstrained_shape(site)
     size = math.prod(shape)
     dtype = getattr(feasible(fn), "dtype", torch.float32)
     loc, scale = torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype)
     if kind == "euclidean" and size:
         loc, scale = _prior_units(fn, loc, scale)
     return Coordinates(site.event_shape, shape, loc, scale, kind)
+
+
+def unconstrained_shape(site: Site) -> tuple[int, ...]:
+    """Return the shape of a site's event in unconstrained space.
+
+    Raises:
+        ModelError: If there is no bijection onto the support.
+    """
+    if _kind(site) != "euclidean":
+        return site.event_shape
+    try:
+        return tuple(biject_to(site.support).inverse_shape(torch.Size(site.event_shape)))
+    except NotImplementedError as error:
+        raise ModelError(
+            f"There is no map from unconstrained space onto the support {site.support} of latent site {site.name!r} "
+            f"({site.family}). Register one with torch.distributions.biject_to, or write this site's guide by hand.",
+            site=site.name,
+        ) from error
 
 
 def _prior_units(fn: SiteDistribution, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

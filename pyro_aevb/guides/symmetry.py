@@ -4,6 +4,7 @@ The same networks may serve every index of a plate, and a set encoder may pool o
 alike: a plate of exchangeable observations does, a plate of features with weights of their own does not.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from pyro_aevb._types import Args, Kwargs, SiteDistribution
 from pyro_aevb.errors import AEVBError, ModelError
 from pyro_aevb.guides.coordinates import Coordinates
+from pyro_aevb.guides.layout import Layout
 from pyro_aevb.guides.plan import Unit, numbered_sites
 from pyro_aevb.guides.probe import Probe, Reading
 from pyro_aevb.program.batch import batch_rows, take_rows
@@ -44,7 +46,7 @@ def asymmetric_plates(probe: Probe, args: Args, kwargs: Kwargs, example: Reading
     if shifted is None:
         return frozenset(found)
     _check_same_sites(example.nodes, shifted.nodes)
-    rows = {structure.data_plate} if structure.data_plate is not None and shifted.has_shifted_rows else set()
+    rows = {structure.data_plate} & shifted.steps.keys()
     for name, site in structure.sites.items():
         plates = {frame.name for frame in site.frames} & (inner | rows)
         if site.is_local and plates - found and not _is_shifted(example.nodes[name], shifted, structure):
@@ -53,17 +55,17 @@ def asymmetric_plates(probe: Probe, args: Args, kwargs: Kwargs, example: Reading
 
 
 class _Shifted(NamedTuple):
-    """A run of the model in which each index of a plate has the data of the one before it.
+    """A run of the model in which each index of a plate has the data of one before it.
 
     Attributes:
         nodes: Its sites.
         start: First row of the batch that it ran on.
-        has_shifted_rows: Whether rows were moved on too.
+        steps: By how much each plate was moved on; rows, if they were, by one.
     """
 
     nodes: Nodes
     start: int
-    has_shifted_rows: bool
+    steps: Mapping[str, int]
 
 
 def _run_shifted(probe: Probe, args: Args, kwargs: Kwargs, example: Reading) -> _Shifted | None:
@@ -80,7 +82,7 @@ def _run_shifted(probe: Probe, args: Args, kwargs: Kwargs, example: Reading) -> 
             continue  # a model that needs all rows, or whose arguments are no plates where their sizes say so
         if start and not _has_rows(nodes, probe.structure, rows - start):
             continue  # constants of all rows were met by half of them, which shows only when they are weighed
-        return _Shifted(nodes, start, shifts_rows)
+        return _Shifted(nodes, start, _steps(probe.layout) | ({str(plate): 1} if shifts_rows else {}))
     return None
 
 
@@ -94,19 +96,33 @@ def _has_rows(nodes: Nodes, structure: Structure, rows: int) -> bool:
 
 
 def _shifted_batch(probe: Probe, args: Args, kwargs: Kwargs, *, with_rows: bool) -> tuple[Args, dict[str, Any]]:
-    """Move the axes of tensors that have the sizes of the inner plates on by one, and those of the rows where asked to."""
+    """Move the axes of tensors that have the sizes of the inner plates on, and those of the rows where asked to."""
     first = 0 if probe.structure.data_plate is None else 1
-    sizes = [frame.size for frame in probe.layout.inner]
+    sizes, steps = [frame.size for frame in probe.layout.inner], _steps(probe.layout)
 
     def shift(item: Any) -> Any:
         if not isinstance(item, Tensor):
             return item
         axes = [first + k for k, size in enumerate(sizes) if item.shape[first + k : first + k + 1] == (size,)]
         axes = axes if axes == list(range(first, first + len(axes))) else []
-        axes += [0] if with_rows and item.dim() else []
-        return item.roll([1] * len(axes), axes) if axes else item
+        moves = [steps[probe.layout.inner[axis - first].name] for axis in axes]
+        if with_rows and item.dim():
+            axes, moves = [*axes, 0], [*moves, 1]
+        return item.roll(moves, axes) if axes else item
 
     return tuple(map(shift, args)), {name: shift(item) for name, item in kwargs.items()}
+
+
+def _steps(layout: Layout) -> dict[str, int]:
+    """Return by how much each plate is moved on: by another step in each, so that bands of a table do not meet themselves.
+
+    A step without a common divisor with the size leads through all indices.
+    """
+    steps = {}
+    for place, frame in enumerate(layout.inner):
+        through = [step for step in range(1, frame.size + 1) if math.gcd(step, frame.size) == 1]
+        steps[frame.name] = through[place % len(through)]
+    return steps
 
 
 def _check_same_sites(whole: Nodes, half: Nodes) -> None:
@@ -143,12 +159,12 @@ def _is_shifted(node: Any, shifted: _Shifted, structure: Structure) -> bool:
         value = value.narrow(data_dim - event_dim, shifted.start, count)
     if other.batch_shape != first.shape:
         return False
-    kept = None if shifted.has_shifted_rows else structure.data_plate
-    dims = [frame.dim for frame in site.frames if frame.dim is not None and frame.name != kept]
+    moves = {frame.dim: shifted.steps.get(frame.name, 0) for frame in site.frames if frame.dim is not None}
+    dims, steps = list(moves), list(moves.values())
     if dims:
-        value = value.roll([1] * len(dims), [dim - event_dim for dim in dims])
+        value = value.roll(steps, [dim - event_dim for dim in dims])
     second = _density(other, value)
-    second = second.roll([-1] * len(dims), dims) if dims else second
+    second = second.roll([-step for step in steps], dims) if dims else second
     return torch.allclose(first, second, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 

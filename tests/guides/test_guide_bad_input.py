@@ -282,13 +282,7 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-UNNAMED = {"a support without a map", "an initial scale without end"}
-"""Mistakes that are not named yet."""
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.xfail] if name in UNNAMED else []) for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_a_mistake_is_named_and_nothing_is_lost(name):
     case = CASES[name]
     pyro.param("mine", torch.tensor(3.0))

@@ -111,6 +111,20 @@ def test_one_plate_of_two_is_a_set():
     assert asymmetric(model, torch.randn(ROWS, 4, 3)) == {"features"}
 
 
+@pytest.mark.parametrize(
+    "table", [torch.eye(4), torch.ones(4, 4).tril() + torch.eye(4), torch.eye(4).roll(1, 0)], ids=str
+)
+def test_bands_of_a_table_of_two_plates_are_seen(table):
+    def model(x):
+        lines, columns = pyro.plate("lines", 4, dim=-1), pyro.plate("columns", 4, dim=-2)
+        with pyro.plate("data", len(x), dim=-3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with lines, columns:
+                pyro.sample("x", dist.Normal(z * table, 0.5), obs=x)
+
+    assert asymmetric(model, torch.randn(ROWS, 4, 4)) == {"lines", "columns"}
+
+
 def test_a_model_that_takes_all_rows_or_none_tells_its_rows_apart():
     """Known standard errors of eight schools that are no argument."""
     errors = torch.arange(1.0, 9.0)
