@@ -91,7 +91,7 @@ def test_every_row_reaches_the_best_of_its_family(family):
     assert start.mean() > 0.1
     assert end.mean() < 0.02
     far = start.topk(40).indices
-    refined = guide.refine(x[far], num_steps=100, num_particles=64, seed=0)
+    refined = guide.refine(x[far], num_steps=50, learning_rate=0.1, num_particles=128, seed=0)
     assert (refined.improvement > 0).all()
     assert (linear_gaussian_gap(exact, refined, x[far]) - best).max() < 0.02
 
@@ -137,7 +137,7 @@ def test_latents_that_depend_on_each_other_are_refined_together():
     # heads start at 0, so that an untrained guide plus offsets is any factorised normal: its gap is known
     x = torch.tensor([1.5, -0.3, 4.0], dtype=torch.float64)
     guide = AutoAmortizedNormal(chain).build(x)
-    refined = guide.refine(x, num_steps=80, learning_rate=0.2, num_particles=32, seed=0)
+    refined = guide.refine(x, num_steps=60, learning_rate=0.2, num_particles=64, seed=0)
     precision = torch.tensor([[1 + 1 / 0.64, -1 / 0.64], [-1 / 0.64, 1 / 0.64 + 4]], dtype=torch.float64)
     covariance = precision.inverse()
     mean = (covariance @ torch.stack([torch.zeros_like(x), 4 * x])).T
@@ -218,19 +218,20 @@ def test_no_row_is_worse_than_where_it_started(num_steps, learning_rate):
 def overflowing(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-        # the rows above 10 have a likelihood that is infinite for half of the draws
-        pyro.sample("x", dist.Normal(torch.where((x > 10) & (z > 0), math.inf, z), 1.0), obs=x)
+        # rows above 10: infinite for half of the draws. All rows: no gradient for draws above 2, though the value is right
+        loc = torch.where(z > 2, z, z + 0 * (2 - z).sqrt())
+        pyro.sample("x", dist.Normal(torch.where((x > 10) & (z > 0), math.inf, loc), 1.0), obs=x)
 
 
-def test_a_row_whose_bound_is_not_finite_stays_and_leaves_the_others_alone():
+def test_what_is_not_finite_moves_no_row():
     x = torch.tensor([1.0, 20.0, -2.0])
     guide = AutoAmortizedNormal(overflowing).build(x)
-    refined = guide.refine(x, num_steps=40, learning_rate=0.2, num_particles=32, seed=0)
+    refined = guide.refine(x, num_steps=60, learning_rate=0.2, seed=0)
     before, after = distributions(guide, x)["z"], distributions(refined, x)["z"]
     assert (refined.improvement > 0).tolist() == [True, False, True]
     assert refined.improvement[1] == 0
     assert after.loc[1] == before.loc[1]
-    assert torch.allclose(after.loc[[0, 2]], x[[0, 2]] / 2, atol=0.03)
+    assert torch.allclose(after.loc[[0, 2]], x[[0, 2]] / 2, atol=0.05)
 
 
 # Rows are recognised
@@ -285,11 +286,20 @@ def test_all_arguments_tell_rows_apart_and_names_do_not():
 
 
 def test_chunks_of_a_batch_are_refined_each_and_kept_together():
-    x = torch.linspace(-2, 2, 6, dtype=torch.float64)
-    guide = AutoAmortizedNormal(left).build(x.exp()[:, None])
-    refined = guide.refine(x.exp()[:, None], num_steps=40, learning_rate=0.2, num_particles=32, chunk_size=4, seed=0)
-    base = distributions(refined, x.exp()[:, None])["z"].base_dist
-    assert torch.allclose(base.loc[:, 0], 0.8 * x, rtol=0, atol=0.03)
+    x, counts = torch.linspace(-2, 2, 6), []
+
+    def counting(x):
+        counts.append(len(x))
+        chain(x)
+
+    guide = AutoAmortizedNormal(counting).build(x)
+    counts.clear()
+    refined = guide.refine(x, num_steps=30, learning_rate=0.2, num_particles=64, chunk_size=4, seed=0)
+    assert set(counts[-20:]) == {2}
+    assert max(counts) == 4
+    assert (refined.improvement > 0).all()
+    # a factorised normal has the posterior's mean
+    assert torch.allclose(distributions(refined, x)["z2"].loc, x * 1.64 / 1.89, rtol=0, atol=0.15)
 
 
 def subsampled(x):
@@ -314,7 +324,7 @@ def test_a_model_that_draws_its_own_rows_finds_their_offsets():
 def test_a_model_without_rows_is_one_row():
     exact, x = NormalNormal.fixture()
     guide = AutoAmortizedMultivariateNormal(exact.model, data_plate=None).build(x)
-    refined = guide.refine(x, num_steps=60, learning_rate=0.1, seed=0)
+    refined = guide.refine(x, num_steps=30, learning_rate=0.2, seed=0)
     assert refined.improvement.shape == (1,)
     objective = SGVB(num_particles=500, data_plate=None)
     with torch.no_grad():
@@ -509,7 +519,7 @@ def drawn_inside(x):
     ("model", "x", "message"),
     [
         (only_globals, torch.randn(5), "nothing to refine"),
-        (tied, torch.randn(5), "'tie' lies outside the data plate"),
+        (tied, torch.randn(5), "'tie' .* no bound of their own"),
         (drawn_inside, torch.randn(5, 4), "'inner'"),
     ],
 )
