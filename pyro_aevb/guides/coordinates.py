@@ -131,13 +131,18 @@ def unconstrained_shape(site: Site) -> tuple[int, ...]:
     if _kind(site) != "euclidean":
         return site.event_shape
     try:
-        return tuple(biject_to(site.support).inverse_shape(torch.Size(site.event_shape)))
+        return _unconstrained(biject_to(site.support), site.batch_shape, site.event_shape)
     except NotImplementedError as error:
         raise ModelError(
             f"There is no map from unconstrained space onto the support {site.support} of latent site {site.name!r} "
             f"({site.family}). Register one with torch.distributions.biject_to, or write this site's guide by hand.",
             site=site.name,
         ) from error
+
+
+def _unconstrained(transform: Transform, batch_shape: Sequence[int], event_shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of an event before a transform; ends of a support that differ between rows have the rows' shape."""
+    return tuple(transform.inverse_shape(torch.Size((*batch_shape, *event_shape))))[len(batch_shape) :]
 
 
 def _prior_units(fn: SiteDistribution, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,6 +236,6 @@ def feasible(fn: SiteDistribution) -> Tensor:
         return torch.zeros(shape)
     transform = transform_to(plain_support(fn))
     like = next((value for value in vars(fn).values() if isinstance(value, Tensor)), torch.zeros(()))
-    event = transform.inverse_shape(fn.event_shape)
+    event = _unconstrained(transform, fn.batch_shape, fn.event_shape)
     point = torch.arange(1.0, 1.0 + math.prod(event), device=like.device).sin().div(2).reshape(event)
     return transform(point.to(like.dtype) if like.is_floating_point() else point).expand(shape)
