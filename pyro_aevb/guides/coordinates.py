@@ -235,7 +235,16 @@ def feasible(fn: SiteDistribution) -> Tensor:
     if plain_support(fn).is_discrete:
         return torch.zeros(shape)
     transform = transform_to(plain_support(fn))
-    like = next((value for value in vars(fn).values() if isinstance(value, Tensor)), torch.zeros(()))
+    like = _like(fn)
     event = _unconstrained(transform, fn.batch_shape, fn.event_shape)
     point = torch.arange(1.0, 1.0 + math.prod(event), device=like.device).sin().div(2).reshape(event)
-    return transform(point.to(like.dtype) if like.is_floating_point() else point).expand(shape)
+    return transform(point.to(like.dtype)).expand(shape)
+
+
+def _like(fn: SiteDistribution) -> Tensor:
+    """Return a tensor of a distribution's type and device: one of its parameters, or of those below its wrappers."""
+    for value in vars(fn).values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    below = [getattr(fn, name, None) for name in ("base_dist", "component_distribution")]
+    return next((_like(item) for item in below if item is not None), torch.zeros(()))

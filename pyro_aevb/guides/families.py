@@ -21,6 +21,7 @@ from pyro_aevb.guides.coordinates import Coordinates, bijection, transformed
 
 __all__ = ["Circular", "Diagonal", "Family", "Flow", "FullCovariance", "Spherical", "neural_spline_flow"]
 
+_LARGEST_RAW = 10.0
 _SMALLEST_SCALE = 1e-6
 """In units of the prior; a scale that underflows to 0 has no density."""
 
@@ -54,11 +55,13 @@ class Family(nn.Module, abc.ABC):
         return None
 
     def _scale(self, raw: Tensor) -> Tensor:
-        return softplus(raw + self.shift) + _SMALLEST_SCALE
+        # bounded, so that a scale that an early step has driven to 0 still has a gradient to come back by
+        bounded = _LARGEST_RAW * (raw / _LARGEST_RAW).tanh()
+        return softplus(bounded + self.shift) + _SMALLEST_SCALE
 
 
 class Diagonal(Family):
-    """Independent normals on the coordinates: loc = m + s * l, scale = s * softplus(r)."""
+    """Independent normals on the coordinates: loc = m + s * l, scale = s * softplus(10 tanh(r / 10) + c)."""
 
     label = "Normal"
 

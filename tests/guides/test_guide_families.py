@@ -163,7 +163,7 @@ def lower_triangle(size, raw, off):
     """Write the Cholesky factor entry by entry: rows of what lies below the diagonal, one after another."""
     factor, entries = np.zeros((size, size)), iter(off)
     for row in range(size):
-        factor[row, row] = math.log1p(math.exp(raw[row] + math.log(math.expm1(INIT_SCALE)))) + 1e-6
+        factor[row, row] = math.log1p(math.exp(10 * math.tanh(raw[row] / 10) + math.log(math.expm1(INIT_SCALE)))) + 1e-6
         for column in range(row):
             factor[row, column] = next(entries)
     return factor
@@ -190,7 +190,7 @@ def test_the_diagonal_is_that_of_normals_in_units_of_the_prior():
     family = make(Diagonal, own)
     loc, raw = torch.randn(3), torch.randn(3)
     fn = family(torch.cat([loc, raw]), constraints.real)
-    scale = own.scale * (softplus(raw + math.log(math.expm1(INIT_SCALE))) + 1e-6)
+    scale = own.scale * (softplus(10 * (raw / 10).tanh() + math.log(math.expm1(INIT_SCALE))) + 1e-6)
     oracle = stats.norm((own.loc + own.scale * loc).numpy(), scale.numpy())
     points = torch.randn(6, 3)
     np.testing.assert_allclose(fn.log_prob(points), oracle.logpdf(points.numpy()).sum(1), rtol=1e-8)

@@ -9,6 +9,9 @@ from torch import nn
 
 from pyro_aevb import SGVB, AutoAmortizedNormal
 from pyro_aevb.errors import DataError, GuideError, ModelError
+from pyro_aevb.guides.coordinates import Coordinates
+from pyro_aevb.guides.families import Diagonal
+from pyro_aevb.testing import LinearGaussian
 
 
 def shaken(guide):
@@ -243,6 +246,23 @@ class TestSupports:
 
         x = torch.randn(20)
         assert SGVB().bounds(model, AutoAmortizedNormal(model).build(x), x).local.isfinite().all()
+
+
+class TestScales:
+    def test_a_model_in_float64_with_an_event_is_built_in_float64(self):
+        exact, _ = LinearGaussian.fixture()
+        x = exact.simulate(50, seed=1)[0]
+        guide = AutoAmortizedNormal(exact.model).build(x)
+        assert draw(guide, x)["z"].dtype == torch.float64
+        assert all(parameter.dtype == torch.float64 for parameter in guide.parameters())
+
+    def test_a_scale_that_was_driven_to_nothing_has_a_gradient_back(self):
+        family = Diagonal(Coordinates((), (), torch.zeros(1), torch.ones(1)), 0.1)
+        outputs = torch.tensor([0.0, -40.0], requires_grad=True)
+        scale = family(outputs, dist.constraints.real).scale
+        (gradient,) = torch.autograd.grad(scale.log().sum(), outputs)
+        assert scale < 1e-5
+        assert gradient[1] > 1e-3
 
 
 class TestInputs:
