@@ -18,9 +18,8 @@ class Dirichlet(dist.Dirichlet):
     torch's own draws have no derivative in a recorded graph. Gammas are kept as logarithms, so that small concentrations do not
     underflow. Density, moments and closed-form KL are torch's.
 
-    Args:
+    Attributes:
         concentration: :math:`\alpha`, ``[..., event]``.
-        validate_args: Check parameters and values; ``None`` takes Pyro's setting.
 
     Example:
         >>> Dirichlet(torch.tensor([0.5, 1.0, 2.0])).rsample((4,)).sum(-1)
@@ -42,10 +41,9 @@ class Beta(dist.Beta):
     torch's own draws have no derivative in a recorded graph. Draws keep off 0 and 1, where the density can be infinite. Density,
     moments and closed-form KL are torch's.
 
-    Args:
+    Attributes:
         concentration1: a, of values near 1.
         concentration0: b, of values near 0.
-        validate_args: Check parameters and values; ``None`` takes Pyro's setting.
 
     Example:
         >>> Beta(torch.full((3,), 2.0), 3.0).rsample().shape

@@ -17,10 +17,9 @@ class Logistic(dist.Logistic):
 
     Pyro takes the logit of a uniform draw, which in float32 is 0 once in :math:`2^{24}` draws, and z minus infinity.
 
-    Args:
+    Attributes:
         loc: :math:`\mu`.
         scale: s.
-        validate_args: Check parameters and values; ``None`` takes Pyro's setting.
 
     Example:
         >>> Logistic(torch.zeros(3), 1.0).rsample().shape

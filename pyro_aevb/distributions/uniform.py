@@ -13,10 +13,9 @@ class Uniform(dist.Uniform):
 
     A float32 draw can round to b (once in 3e5 draws on [100, 101]), where torch's log density is minus infinity, and a bound too.
 
-    Args:
+    Attributes:
         low: a.
         high: b, above a.
-        validate_args: Check parameters and values; ``None`` takes Pyro's setting.
 
     Example:
         >>> Uniform(0.0, 2.0).log_prob(torch.tensor([0.0, 2.0])).exp()
