@@ -96,6 +96,16 @@ def test_arguments_and_their_views_are_read_without_a_run(model):
         assert not direct.masks
 
 
+def test_a_slice_to_learn_from_is_as_good_as_a_tensor():
+    long = torch.randn(40, 3)
+    for part in (long[5:12], long[:7], long[33:]):
+        probe, reading = probing(columns, part)
+        new = torch.randn(9, 3)
+        assert not probe.runs_model
+        assert torch.equal(reading.observations["x_1"].value, part[:, 1])
+        assert torch.equal(probe.read((new,), {}, ["x_1"], {}).observations["x_1"].value, new[:, 1])
+
+
 def test_views_are_read_by_hand_too():
     probe, reading = probing(columns, X)
     new = torch.randn(20, 3)[5:9]
@@ -159,6 +169,11 @@ def test_a_run_draws_no_noise_and_leaves_buffers_and_modes():
             pyro.sample("x", dist.Normal(norm(z), 1.0).to_event(1), obs=x)
 
     probe, _ = probing(model, X)
+    values = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        values.append(probe.run_quietly((X,), {})["z"]["value"])
+    assert torch.equal(*values)
     state = {name: item.clone() for name, item in norm.state_dict().items()}
     generator = torch.get_rng_state()
     probe.run_quietly((X,), {})
