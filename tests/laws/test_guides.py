@@ -281,6 +281,18 @@ def test_a_rows_posterior_depends_on_that_row(entry: ModelClass, kind: str) -> N
     assert any((change[[1, 3]].abs() > 1e-3).any() for change in changes)
 
 
+@every_pair(name for name, entry in REGISTRY.items() if len(entry.reference) > 1)
+def test_a_latent_is_given_the_latents_that_it_is_wired_to_and_no_others(entry: ModelClass, kind: str) -> None:
+    guide, batch = built(entry.name, kind), entry.test_batch()
+    values, others = draw(guide, batch), draw(guide, batch)
+    whole = log_q(guide, batch, values)
+    wiring = {name: {source.name for source in sources} for name, sources in guide.built.wiring.items()}
+    for moved in entry.reference:
+        part = log_q(guide, batch, values | {moved: others[moved]})
+        changed = {name for name in wiring if name != moved and not torch.allclose(part[name], whole[name], atol=1e-5)}
+        assert changed == {name for name, sources in wiring.items() if moved in sources and name != moved}, moved
+
+
 # Plates whose indices are alike, and missing entries.
 
 
@@ -328,6 +340,18 @@ def test_what_stands_at_missing_entries_does_not_matter(entry: ModelClass, kind:
     filled = log_q(guide, (tuple(arguments.values()), kwargs), values)
     for name, expected in whole.items():
         torch.testing.assert_close(filled[name], expected, rtol=0, atol=0)
+
+
+@every_pair(["ragged_series", "label_and_style", "dose_and_effect"])
+def test_values_of_latents_that_are_masked_do_not_matter(entry: ModelClass, kind: str) -> None:
+    guide, batch = built(entry.name, kind), entry.test_batch()
+    values, others = draw(guide, batch), draw(guide, batch)
+    masks = {name: node["mask"] for name, node in sample_nodes(guide, batch).items() if node["mask"] is not None}
+    assert masks
+    moved = values | {name: torch.where(mask, values[name], others[name]) for name, mask in masks.items()}
+    assert any(not torch.equal(moved[name], values[name]) for name in masks)
+    whole, part = log_q(guide, batch, values), log_q(guide, batch, moved)
+    assert all(torch.equal(part[name], whole[name]) for name in whole)
 
 
 @every_pair(["ragged_groups", "globals_ragged"])
