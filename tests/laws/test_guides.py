@@ -6,6 +6,7 @@ Guides are compared through log q of values that are held fixed, site by site an
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, wraps
 from typing import Any
 
@@ -21,6 +22,7 @@ from pyro_aevb import IWELBO, SGVB, AutoAmortizedFlow, AutoAmortizedMultivariate
 from pyro_aevb.errors import AEVBWarning, ParticleWarning, StagingWarning
 from pyro_aevb.guides.base import AmortizedGuide
 from pyro_aevb.guides.building import read_model
+from pyro_aevb.guides.inputs import Observation
 from pyro_aevb.program.batch import take_rows
 from pyro_aevb.program.importance import ImportanceProgram
 
@@ -291,6 +293,29 @@ def test_a_latent_is_given_the_latents_that_it_is_wired_to_and_no_others(entry: 
         part = log_q(guide, batch, values | {moved: others[moved]})
         changed = {name for name in wiring if name != moved and not torch.allclose(part[name], whole[name], atol=1e-5)}
         assert changed == {name for name, sources in wiring.items() if moved in sources and name != moved}, moved
+
+
+@every_pair(name for name, entry in REGISTRY.items() if name != "regression")
+def test_a_latent_is_given_the_observations_that_it_is_wired_to_and_no_others(entry: ModelClass, kind: str) -> None:
+    """Each source by itself is read with its rows moved on by one."""
+    guide, batch = built(entry.name, kind), entry.test_batch()
+    values = draw(guide, batch)
+    whole, probe = log_q(guide, batch, values), guide.built.probe
+    wiring = {name: {source.name for source in sources} for name, sources in guide.built.wiring.items()}
+    read = probe.read
+    for moved in guide.built.sources:
+
+        def read_moved(*args: Any, moved: str = moved) -> Any:
+            reading = read(*args)
+            value, mask = reading.observations[moved]
+            turned = Observation(value.roll(1, 0), None if mask is None else mask.roll(1, 0))
+            return replace(reading, observations=reading.observations | {moved: turned})
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(probe, "read", read_moved)
+            part = log_q(guide, batch, values)
+        changed = {name for name in wiring if not torch.allclose(part[name], whole[name], rtol=1e-6, atol=1e-6)}
+        assert changed == {name for name, sources in wiring.items() if moved in sources}, moved
 
 
 # Plates whose indices are alike, and missing entries.
