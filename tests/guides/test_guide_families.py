@@ -235,7 +235,7 @@ def test_a_draw_remembered_is_weighed_as_one_that_is_inverted(support):
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("flow", [neural_spline_flow, zuko.flows.MAF, zuko.flows.NSF], ids=str)
+@pytest.mark.parametrize("flow", [neural_spline_flow, zuko.flows.MAF, zuko.flows.NSF], ids=["couplings", "MAF", "NSF"])
 def test_any_invertible_flow_will_do(flow):
     family = Flow(coordinates((2,)), INIT_SCALE, flow, 4).double()
     fn = family(outputs_of(family, 7), constraints.real_vector)
