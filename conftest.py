@@ -10,6 +10,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import zuko  # noqa: F401 -- here, since its import switches off the checks that the next line switches on
+
+torch.distributions.Distribution.set_default_validate_args(True)
 
 SECONDS_BEFORE_SLOW = 10.0
 

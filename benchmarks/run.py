@@ -6,13 +6,27 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import linear_gaussian, mnist, step_time
+from benchmarks import (
+    build_time,
+    eight_schools,
+    guides,
+    hierarchical,
+    linear_gaussian,
+    mnist,
+    state_space,
+    step_time,
+)
 from benchmarks.result import Result, environment, load, write_page
 
 COMPARISONS: dict[str, Callable[..., Result]] = {
     "linear_gaussian": linear_gaussian.run,
     "mnist": mnist.run,
     "step_time": step_time.run,
+    "guides": guides.run,
+    "hierarchical": hierarchical.run,
+    "eight_schools": eight_schools.run,
+    "state_space": state_space.run,
+    "build_time": build_time.run,
 }
 """Every comparison, in the order of the page; a new one is a module with ``run(*, quick) -> Result`` and a line here."""
 

@@ -44,7 +44,16 @@ STRANGERS = frozenset({("training", "objectives")})
 """Rooms that lie in the right order and still do not know each other."""
 
 WITHOUT_PYRO = frozenset(
-    {"errors", "_types", "guides.encoders", "guides.wiring", "mcmc.hmc", "mcmc.adaptation", "mcmc.annealing", "datasets"}
+    {
+        "errors",
+        "_types",
+        "guides.encoders",
+        "guides.wiring",
+        "mcmc.hmc",
+        "mcmc.adaptation",
+        "mcmc.annealing",
+        "datasets",
+    }
 )
 FRONTS = frozenset({"__init__", "__main__"})
 """May import the package's own modules inside a function, so that ``--help`` answers at once."""

@@ -43,6 +43,23 @@ def test_the_closed_forms_are_reached_in_full(bench: ModuleType) -> None:
     assert bench.COMPARISONS["linear_gaussian"](quick=False).missed == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["guides", "hierarchical", "eight_schools", "state_space", "build_time"])
+def test_automatic_guides_reach_their_numbers(bench: ModuleType, name: str) -> None:
+    result = bench.COMPARISONS[name](quick=False)
+    missed = [row for row in result.missed if not row.bar.endswith(" s")]  # times are no tests
+    assert any(row.is_met for row in result.rows)
+    assert missed == []
+
+
+def test_moments_of_parts_are_those_of_all_draws(bench: ModuleType) -> None:
+    draws = 1e4 + torch.randn(6, 50, 3)
+    found = module("amortized").moments_of(lambda part: {"z": draws[part]}, 6)["z"]
+    whole = draws.double().reshape(300, 3)
+    torch.testing.assert_close(found.mean, whole.mean(0), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(found.sd, whole.std(0, correction=0), rtol=1e-9, atol=0.0)
+
+
 def test_every_comparison_has_the_same_parts(bench: ModuleType) -> None:
     for name, run in bench.COMPARISONS.items():
         comparison = module(name)

@@ -8,7 +8,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Transform, constraints
+from torch.distributions import Distribution, Transform, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ReshapeTransform
 from torch.nn.functional import softplus
@@ -167,8 +167,10 @@ class Flow(Family):
 
 def neural_spline_flow(features: int, context: int) -> nn.Module:
     """Make the default flow: two neural spline couplings (Durkan et al. 2019, arXiv 1906.04032), drawn from and weighed fast."""
+    is_validated = Distribution._validate_args
     from zuko.flows import NSF
 
+    Distribution.set_default_validate_args(is_validated)  # importing Zuko switches the checks of all distributions off
     return NSF(features, context, transforms=2, passes=2, hidden_features=(64, 64))
 
 

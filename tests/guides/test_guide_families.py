@@ -1,6 +1,8 @@
 """Families of the guide: quadrature, SciPy and the Jacobian of the draw as oracles."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pyro.distributions as dist
@@ -244,6 +246,21 @@ def test_any_invertible_flow_will_do(flow):
     assert z.shape == (7, 2)
     assert fn.log_prob(z).isfinite().all()
     assert again.log_prob(z.clone()).isfinite().all()
+
+
+def test_the_checks_of_distributions_stay_on():
+    """Importing Zuko alone switches them off in the whole process, which is why this takes one of its own."""
+    program = """
+import torch
+from pyro_aevb.guides.families import neural_spline_flow
+assert torch.distributions.Distribution._validate_args
+neural_spline_flow(2, 1)
+assert torch.distributions.Distribution._validate_args
+torch.distributions.Distribution.set_default_validate_args(False)
+neural_spline_flow(2, 1)
+assert not torch.distributions.Distribution._validate_args
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_rows_have_flows_of_their_own():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -81,3 +82,21 @@ def test_one_recurrent_head_smooths_a_series() -> None:
     fit(vi, x, num_epochs=12, batch_size=64, clip_norm=10.0)
     gap, error = mean_gap(vi, fixture, x, num_draws=20)
     assert gap <= 0.25 + 4 * error
+
+
+def test_one_head_reads_the_step_before_in_the_same_units_at_every_step() -> None:
+    # z_1 has a prior sd of 1 and the others, given a step before, of 0.5: what the shared head reads must not depend on that
+    fixture = LinearGaussianStateSpace(num_steps=4)
+    x, _ = fixture.simulate(20, seed=1, dtype=torch.float32)
+    guide = AutoAmortizedFlow(fixture.model).build(x)
+    (head,) = guide.networks.of_locals.heads
+    read: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    poutine.condition(guide, {f"z_{t}": torch.full((20,), 0.7) for t in range(1, 5)})(x)
+    handle.remove()
+    parents = [features[..., -2:] for features in read]
+    assert len(parents) == 4
+    assert not parents[0].any()
+    assert parents[1][..., 0].all()
+    torch.testing.assert_close(parents[2], parents[1])
+    torch.testing.assert_close(parents[3], parents[1])
