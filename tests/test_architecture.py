@@ -24,7 +24,7 @@ Sources = dict[str, str]
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"_types"}),
-    frozenset({"weights", "randomness", "distributions"}),
+    frozenset({"weights", "status", "randomness", "distributions"}),
     frozenset({"guides.encoders", "mcmc.hmc", "mcmc.adaptation", "mcmc.annealing"}),
     frozenset({"program"}),
     frozenset({"guides", "objectives", "mcmc"}),

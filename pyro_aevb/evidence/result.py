@@ -20,25 +20,12 @@ from torch import Tensor
 from pyro_aevb._types import LocalWeights, PerRow
 from pyro_aevb.errors import DataError, SettingError, UnreliableWarning, warn_user
 from pyro_aevb.evidence.pareto import pareto_k_hat
+from pyro_aevb.status import Status
 
 if TYPE_CHECKING:
     import pandas
 
 __all__ = ["Bound", "LogMarginal", "Status", "Summary", "concatenate", "from_log_weights"]
-
-
-class Status(StrEnum):
-    r"""How far a row's number can be trusted.
-
-    For importance weights a row is ``unreliable`` if k-hat > 0.7, if the standard error exceeds 0.5 nats (the delta method
-    behind it has then broken down), if all weights are zero, or if a single weight leaves no error to estimate; it is
-    ``warn`` if k-hat > 0.5 or the standard error exceeds 0.25 nats; otherwise ``ok``. Below 100 weights there is no k-hat
-    and the standard error decides alone: ``ok`` says less there.
-    """
-
-    OK = "ok"
-    WARN = "warn"
-    UNRELIABLE = "unreliable"
 
 
 class Bound(StrEnum):
