@@ -21,11 +21,16 @@ ROOT = Path(__file__).resolve().parents[1]
 Sources = dict[str, str]
 """Source text by module, named within the package: ``program.structure``, ``program.__init__``, ``__init__``."""
 
+SAMPLERS = frozenset(
+    {"mcmc.noise", "mcmc.hmc", "mcmc.adaptation", "mcmc.annealing", "mcmc.convergence", "mcmc.draws"},
+)
+"""What needs no program: tensors in, tensors out."""
+
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"_types"}),
     frozenset({"weights", "status", "randomness", "distributions"}),
-    frozenset({"guides.encoders", "mcmc.hmc", "mcmc.adaptation", "mcmc.annealing"}),
+    frozenset({"guides.encoders", *SAMPLERS}),
     frozenset({"program"}),
     frozenset({"guides", "objectives", "mcmc"}),
     frozenset({"training", "evidence"}),
@@ -49,9 +54,7 @@ WITHOUT_PYRO = frozenset(
         "_types",
         "guides.encoders",
         "guides.wiring",
-        "mcmc.hmc",
-        "mcmc.adaptation",
-        "mcmc.annealing",
+        *SAMPLERS,
         "datasets",
     }
 )
