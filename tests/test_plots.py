@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_aevb.errors import DataError
-from pyro_aevb.evidence.result import from_log_weights
+from pyro_aevb.evidence.averages import from_log_weights
 from pyro_aevb.plots import (
     plot_embedding,
     plot_history,

@@ -4,7 +4,8 @@ from typing import Any
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram
 from pyro_aevb.errors import SettingError
-from pyro_aevb.evidence.result import LogMarginal, concatenate, from_log_weights
+from pyro_aevb.evidence.averages import from_log_weights
+from pyro_aevb.evidence.result import LogMarginal, concatenate
 from pyro_aevb.program.agreement import check_separable
 from pyro_aevb.program.rows import Rows, inferring
 from pyro_aevb.program.settings import check_count, check_covariates

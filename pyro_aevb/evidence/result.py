@@ -1,8 +1,8 @@
 r"""What an estimator of log p(x) returns: never a bare number, but a direction, an error and a verdict for each row.
 
-:class:`LogMarginal` is the one result type of all estimators. :func:`from_log_weights` fills it from importance weights,
-:func:`concatenate` joins chunks of rows. An estimator with more to say about a row (acceptance, R-hat) adds a field of type
-:data:`PerRow` with the default ``None``: joining, tables and checks pick it up by its value.
+:class:`LogMarginal` is the one result type of all estimators. :func:`~pyro_aevb.evidence.averages.from_log_weights` fills it
+from importance weights, :func:`concatenate` joins chunks of rows. What only some estimators know about a row (acceptance,
+R-hat) has the default ``None``: joining, tables and checks pick it up where it is filled.
 """
 
 import html
@@ -10,88 +10,32 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from torch import Tensor
 
-from pyro_aevb._types import LocalWeights, PerRow
+from pyro_aevb._types import PerRow
 from pyro_aevb.errors import DataError, SettingError, UnreliableWarning, warn_user
-from pyro_aevb.evidence.pareto import pareto_k_hat
+from pyro_aevb.evidence.summary import DIRECTION, Bound, JointEvidence, Summary, number, quantile
 from pyro_aevb.status import Status
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Bound", "LogMarginal", "Status", "Summary", "concatenate", "from_log_weights"]
+__all__ = ["Bound", "LogMarginal", "Status", "concatenate"]
 
 
-class Bound(StrEnum):
-    r"""On which side of the truth a value lies in expectation: below, above, or neither is known."""
-
-    LOWER = "lower"
-    UPPER = "upper"
-    ESTIMATE = "estimate"
-
-
-_DIRECTION = {Bound.LOWER: "stochastic lower bound", Bound.UPPER: "stochastic upper bound", Bound.ESTIMATE: "estimate"}
 _LEVELS = tuple(Status)
-
-
-@dataclass(frozen=True)
-class Summary:
-    r"""A :class:`LogMarginal` over all its rows, in nats per row. The two errors answer different questions.
-
-    Attributes:
-        num_rows: Number of rows N.
-        mean: Mean value over all rows, flagged ones too.
-        monte_carlo_se: Error of the mean from the finite number of samples, for these very rows:
-            :math:`\sqrt{\sum_n se_n^2} / N`, since rows have independent noise. Where all rows share draws of the globals,
-            the upper bound :math:`\sum_n se_n / N`. NaN if any row's standard error is void.
-        data_se: Error of the mean as an estimate for new rows of the same population, sd of the values over
-            :math:`\sqrt N`; it does not shrink with more samples.
-        num_void: Rows without a standard error.
-        num_warned: Rows with status ``warn``.
-        num_flagged: Rows with status ``unreliable``.
-        unflagged_mean: Mean value over the other rows. A selection of easier rows: never report it alone.
-        unflagged_monte_carlo_se: Its Monte Carlo error.
-        worst: The 5 % of rows that can be trusted least (at least one), worst first: by status, then standard error,
-            then k-hat.
-    """
-
-    num_rows: int
-    mean: float
-    monte_carlo_se: float
-    data_se: float
-    num_void: int
-    num_warned: int
-    num_flagged: int
-    unflagged_mean: float
-    unflagged_monte_carlo_se: float
-    worst: tuple[int, ...]
-
-    @property
-    def fraction_flagged(self) -> float:
-        """Share of rows with status ``unreliable``."""
-        return self.num_flagged / self.num_rows
-
-    @property
-    def fraction_warned(self) -> float:
-        """Share of rows with status ``warn``."""
-        return self.num_warned / self.num_rows
-
-    def __str__(self) -> str:
-        num_ok = self.num_rows - self.num_warned - self.num_flagged
-        lines = [
-            f"mean {self.mean:.4f}, Monte Carlo SE {_number(self.monte_carlo_se)}, data SE {_number(self.data_se)}",
-            f"rows {num_ok} ok, {self.num_warned} warn, {self.num_flagged} unreliable ({self.fraction_flagged:.1%})",
-        ]
-        if 0 < self.num_flagged < self.num_rows:
-            error = _number(self.unflagged_monte_carlo_se)
-            lines.append(f"without the unreliable rows: mean {self.unflagged_mean:.4f}, Monte Carlo SE {error}")
-        return "\n".join(lines)
+_ADVICE = {
+    "importance": "More samples help little where k-hat > 0.7: use a better guide or another method.",
+    "ais": "Use more temperatures, or more leapfrog steps; where two starts disagree, believe neither.",
+    "bridge": "Where chains disagree, run them longer or from other starts, or check with method='ais'.",
+    "reciprocal": "A mode that no chain visited lowers this upper bound unseen: check with method='bridge' or 'ais'.",
+    "quadrature": "The grid did not settle there: allow more points, or use method='bridge' or 'ais'.",
+}
+"""What to do about unreliable rows, by method."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -114,6 +58,12 @@ class LogMarginal:
         upper_kind: What makes ``upper`` an upper bound; ``"none"`` if there is none.
         label: The quantity that is estimated; with global latents it is not the evidence.
         num_global_samples: Draws of the globals that all rows share. Above 1 the errors of rows are correlated.
+        acceptance: Mean acceptance probability of the row's chains; ``None`` for methods without chains, like all below.
+        r_hat: Nested R-hat of the row's chains, the worst over its coordinates.
+        num_divergent: Transitions of the row that diverged.
+        change: How far the last refinement of a grid moved the row's value.
+        degrees_of_freedom: Of the Student-t that a row's error over its standard error follows; ``None`` for a normal.
+        joint: With globals the joint evidence of all rows, another quantity than ``value``.
 
     Raises:
         DataError: If the entries of the rows differ in length.
@@ -132,6 +82,12 @@ class LogMarginal:
     upper_kind: str = "none"
     label: str = "log p(x)"
     num_global_samples: int = 1
+    acceptance: PerRow | None = None
+    r_hat: PerRow | None = None
+    num_divergent: PerRow | None = None
+    change: PerRow | None = None
+    degrees_of_freedom: int | None = None
+    joint: JointEvidence | None = None
 
     def __post_init__(self) -> None:
         lengths = {name: len(entry) for name, entry in self._per_row().items()}
@@ -145,6 +101,27 @@ class LogMarginal:
     def is_flagged(self) -> Bool[Tensor, " rows"]:
         """Which rows have status ``unreliable``; pooled statistics should leave them out and say so."""
         return self._is_status(Status.UNRELIABLE)
+
+    def interval(self, level: float = 0.95) -> tuple[PerRow, PerRow]:
+        r"""Return the ends of the interval that covers each row's truth with a probability of about ``level``.
+
+        :math:`\text{value} \pm q \, \text{standard error}` with the normal quantile q, or Student's t where
+        ``degrees_of_freedom`` are few. It allows for Monte Carlo error alone, and is NaN where there is no standard error.
+
+        Args:
+            level: The probability, between 0 and 1.
+
+        Raises:
+            SettingError: If the level is not between 0 and 1.
+
+        Example:
+            >>> from pyro_aevb.evidence.averages import from_log_weights
+            >>> low, high = from_log_weights(torch.randn(1, 1000, 3, generator=torch.manual_seed(0))).interval(0.9)
+            >>> bool((low < high).all())
+            True
+        """
+        width = quantile(level, self.degrees_of_freedom) * self.standard_error
+        return self.value - width, self.value + width
 
     def summary(self) -> Summary:
         """Average over rows, with the Monte Carlo error and the error from the finite data set apart.
@@ -166,6 +143,7 @@ class LogMarginal:
             unflagged_mean=self.value[~is_flagged].mean().item(),
             unflagged_monte_carlo_se=self._mean_se(self.standard_error[~is_flagged]),
             worst=self._worst(math.ceil(0.05 * len(self))),
+            joint=self.joint,
         )
 
     def warn_if_unreliable(self) -> None:
@@ -178,8 +156,7 @@ class LogMarginal:
         if count[Status.UNRELIABLE]:
             warn_user(
                 f"{self.label} by {self.method}: {count[Status.UNRELIABLE]} of {len(self)} rows are unreliable and "
-                f"{count[Status.WARN]} more doubtful; `.status` and `.k_hat` say which. More samples help little where "
-                "k-hat > 0.7: use a better guide or another method.",
+                f"{count[Status.WARN]} more doubtful; `.status` says which. {_ADVICE.get(self.method, '')}".rstrip(),
                 UnreliableWarning,
             )
 
@@ -198,16 +175,20 @@ class LogMarginal:
         if len(self) == 0:
             return self._title()
         summary = self.summary()
-        table = self.to_pandas().loc[list(summary.worst[:5])].to_string(float_format=_number, na_rep="-")
+        table = self._worst_rows(summary).to_string(float_format=number, na_rep="-")
         return f"{self._title()}\n{summary}\nleast trustworthy rows:\n{table}"
 
     def _repr_html_(self) -> str:
         if len(self) == 0:
             return f"<p>{html.escape(self._title())}</p>"
         summary = self.summary()
-        table = self.to_pandas().loc[list(summary.worst[:5])].to_html(float_format=_number, na_rep="-")
+        table = self._worst_rows(summary).to_html(float_format=number, na_rep="-")
         lines = "<br>".join(html.escape(line) for line in str(summary).splitlines())
         return f"<p><b>{html.escape(self._title())}</b><br>{lines}<br>least trustworthy rows:</p>{table}"
+
+    def _worst_rows(self, summary: Summary) -> "pandas.DataFrame":
+        """Return the table of the least trustworthy rows, without the columns that hold nothing for any row."""
+        return self.to_pandas().dropna(axis="columns", how="all").loc[list(summary.worst[:5])]
 
     def _title(self) -> str:
         """Name the quantity, the method and the direction of the bound."""
@@ -216,7 +197,7 @@ class LogMarginal:
             num_samples += f" for each of {self.num_global_samples} draws of the globals"
         return (
             f"LogMarginal: {self.label} of {len(self)} rows by {self.method}, {num_samples}; "
-            f"{_DIRECTION[self.bound]}, nats"
+            f"{DIRECTION[self.bound]}, nats"
         )
 
     def _per_row(self) -> dict[str, Any]:
@@ -243,67 +224,11 @@ class LogMarginal:
         return tuple(sorted(range(len(self)), key=doubt.__getitem__, reverse=True)[:count])
 
 
-def from_log_weights(log_weights: LocalWeights, *, label: str = "log p(x)", method: str = "importance") -> LogMarginal:
-    r"""Estimate each row's log marginal likelihood from its importance weights.
-
-    .. math:: \widehat{\log p}(x_n) = \log \tfrac1S \sum_s \tfrac1K \sum_k w[s, k, n]
-
-    (Burda et al. 2015, arXiv 1509.00519, Eq 8), accumulated in float64. The mean weight is unbiased for p(x), so its log is
-    a stochastic **lower** bound: :math:`E[\widehat{\log p}] \le \log p(x)`, low by about half the squared standard error.
-
-    The standard error is the delta method's: for S = 1 the relative one of a mean of K weights,
-    :math:`\sqrt{1/ESS - 1/K}`; for S > 1 particles, in each of which the K weights share a draw of the globals, that of a
-    mean of S particle means, :math:`\sqrt{\mathrm{Var}_s(\bar w_s) / S} / \bar w` (with few particles use Student-t
-    quantiles of S - 1 degrees of freedom). It is void (NaN) where k-hat > 0.7, where all weights are zero, and where one
-    weight is all there is. k-hat and ESS are those of all S K weights; a handful of particles cannot show that the
-    weights of the globals themselves have a heavy tail.
-
-    Costs no density evaluation. No gradient.
-
-    Args:
-        log_weights: log w[s, k, n] in nats, with pointwise densities and never a closed-form KL. Minus infinity is zero.
-        label: Name of the quantity, such as ``"log predictive under q(globals)"``.
-        method: Name of the estimator.
-
-    Returns:
-        One entry a row, in float64: ``lower`` equals ``value``, ``upper`` is NaN. A row whose weights are all zero has the
-        value minus infinity and is unreliable; one whose weights are all equal has standard error 0.
-
-    Raises:
-        DataError: If there are no weights.
-        NonFiniteError: If a log weight is NaN or plus infinity.
-
-    Example:
-        >>> result = from_log_weights(torch.full((1, 200, 2), -3.0))  # an exact guide: constant weights
-        >>> result.value.tolist(), result.standard_error.tolist(), [str(status) for status in result.status]
-        ([-3.0, -3.0], [0.0, 0.0], ['ok', 'ok'])
-    """
-    num_particles, num_samples, _ = log_weights.shape
-    log_weights = log_weights.detach()
-    k_hat = pareto_k_hat(log_weights.flatten(0, 1))
-    log_max = log_weights.amax((0, 1)).double()
-    log_max = log_max.where(log_max.isfinite(), 0.0)
-    weights = (log_weights.double() - log_max).exp()
-    value = log_max + weights.mean((0, 1)).log()
-    standard_error = _relative_error(weights).where(~(k_hat > 0.7), math.nan)
-    return LogMarginal(
-        value=value,
-        standard_error=standard_error,
-        lower=value,
-        upper=torch.full_like(value, math.nan),
-        k_hat=k_hat,
-        ess=(weights.sum((0, 1)).square() / weights.square().sum((0, 1))).nan_to_num(nan=0.0),
-        status=tuple(_LEVELS[level] for level in _severity(k_hat, standard_error).tolist()),
-        method=method,
-        num_samples=num_samples,
-        bound=Bound.LOWER,
-        label=label,
-        num_global_samples=num_particles,
-    )
-
-
 def concatenate(results: Sequence[LogMarginal]) -> LogMarginal:
     """Join results of consecutive chunks of rows into one.
+
+    An entry that only some of them know is NaN in the rows of the others. The joint evidence of all rows does not follow from
+    the chunks' own and is left out.
 
     Args:
         results: Results of one method with the same settings.
@@ -312,6 +237,7 @@ def concatenate(results: Sequence[LogMarginal]) -> LogMarginal:
         SettingError: If there are none, or they differ in what all rows share (method, numbers of samples, label).
 
     Example:
+        >>> from pyro_aevb.evidence.averages import from_log_weights
         >>> chunks = [from_log_weights(torch.zeros(1, 200, rows)) for rows in (3, 2)]
         >>> len(concatenate(chunks))
         5
@@ -321,34 +247,15 @@ def concatenate(results: Sequence[LogMarginal]) -> LogMarginal:
     joined: dict[str, Any] = {}
     for name, first in vars(results[0]).items():
         entries = [getattr(result, name) for result in results]
+        if name == "joint":
+            continue
         if name == "status":
             joined[name] = sum(entries, ())
-        elif isinstance(first, Tensor):
-            joined[name] = torch.cat(entries)
+        elif any(isinstance(entry, Tensor) for entry in entries):
+            pairs = zip(results, entries, strict=True)
+            joined[name] = torch.cat([torch.full_like(r.value, math.nan) if e is None else e for r, e in pairs])
         elif any(entry != first for entry in entries):
             raise SettingError(f"Expected results of one method and setting, got {name} = {entries}.")
         else:
             joined[name] = first
     return LogMarginal(**joined)
-
-
-def _relative_error(weights: Float[Tensor, "particles importance_samples rows"]) -> PerRow:
-    """Return the relative standard error of each row's mean weight, NaN where it cannot be known."""
-    num_particles, num_samples, _ = weights.shape
-    # With one particle this is sqrt(1/ESS - 1/K) without the cancellation. Particles are few: unbiased variance.
-    units, correction = (weights.mean(1), 1) if num_particles > 1 else (weights[0], 0)
-    if num_particles == num_samples == 1:
-        return torch.full_like(units[0], math.nan)
-    return (units.var(0, correction=correction) / len(units)).sqrt() / units.mean(0)
-
-
-def _severity(k_hat: PerRow, standard_error: PerRow) -> Int[Tensor, " rows"]:
-    """Return each row's index in ``Status``; the rules are told there. NaN k-hats raise no alarm, void errors do."""
-    is_doubtful = (k_hat > 0.5) | (standard_error > 0.25)
-    is_unreliable = (k_hat > 0.7) | (standard_error > 0.5) | standard_error.isnan()
-    return is_doubtful.long().where(~is_unreliable, 2)
-
-
-def _number(value: float) -> str:
-    """Format a number for people; a standard error that is not known says so."""
-    return "unknown" if math.isnan(value) else f"{value:.6g}"

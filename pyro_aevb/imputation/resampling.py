@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_aevb._types import Args, Kwargs, Values
-from pyro_aevb.evidence.result import from_log_weights
+from pyro_aevb.evidence.averages import from_log_weights
 from pyro_aevb.imputation.missing import MissingData
 from pyro_aevb.imputation.sampler import SINGLE, Part, Sampler
 from pyro_aevb.program.batch import take_rows

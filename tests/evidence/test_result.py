@@ -3,17 +3,17 @@
 import math
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal
 
-from pyro_aevb._types import PerRow
 from pyro_aevb.errors import DataError, NonFiniteError, SettingError, UnreliableWarning
+from pyro_aevb.evidence.averages import from_log_weights
 from pyro_aevb.evidence.pareto import pareto_k_hat
-from pyro_aevb.evidence.result import Bound, LogMarginal, Status, concatenate, from_log_weights
+from pyro_aevb.evidence.result import Bound, LogMarginal, Status, concatenate
 
 
 def normal(*shape, seed=0):
@@ -259,17 +259,15 @@ def test_rows_that_do_not_match_are_an_error():
         replace(result, status=(Status.OK,) * 3)
 
 
-def test_an_estimator_adds_a_field_by_naming_it():
-    """A new per-row entry is joined and tabulated; left out, it is not shown."""
-
-    @dataclass(frozen=True, repr=False, eq=False)
-    class WithAcceptance(LogMarginal):
-        acceptance: PerRow | None = None
-
-    plain = vars(result_of([0.0, 1.0], [0.1, 0.1], ["ok", "ok"]))
-    one = WithAcceptance(**plain, acceptance=torch.tensor([0.6, 0.7]))
-    assert one.to_pandas()["acceptance"].tolist() == pytest.approx([0.6, 0.7])
-    assert "acceptance" not in WithAcceptance(**plain).to_pandas()
+def test_entries_that_only_some_methods_know_are_joined_and_tabulated_where_they_are_filled():
+    plain = result_of([0.0, 1.0], [0.1, 0.1], ["ok", "ok"])
+    chains = replace(plain, acceptance=torch.tensor([0.6, 0.7], dtype=torch.float64))
+    assert chains.to_pandas()["acceptance"].tolist() == [0.6, 0.7]
+    assert "acceptance" not in plain.to_pandas()
+    assert concatenate([chains, chains]).acceptance.tolist() == [0.6, 0.7, 0.6, 0.7]
+    mixed = concatenate([plain, chains]).acceptance.tolist()
+    assert np.array_equal(mixed, [math.nan, math.nan, 0.6, 0.7], equal_nan=True)
+    assert concatenate([plain, plain]).acceptance is None
 
 
 # --- summaries ---
