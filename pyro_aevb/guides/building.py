@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_aevb._types import Args, Kwargs, PyroProgram
 from pyro_aevb.errors import DataError, GuideError, ModelError
 from pyro_aevb.guides.amortized import Blueprint, LocalGuide
-from pyro_aevb.guides.coordinates import Coordinates, has_ends, is_same_support, read_coordinates, unconstrained_shape
+from pyro_aevb.guides.coordinates import Coordinates, has_ends, is_same_support, read_coordinates
 from pyro_aevb.guides.families import Family
 from pyro_aevb.guides.global_latents import GlobalGuide, Joint, OwnGuide, PerSite
 from pyro_aevb.guides.inputs import Scale
@@ -23,6 +23,7 @@ from pyro_aevb.guides.record import Record
 from pyro_aevb.guides.symmetry import asymmetric_plates, uneven_units, unlike_steps
 from pyro_aevb.guides.wiring import Node, Source, sampling_order, wire
 from pyro_aevb.program.batch import batch_rows
+from pyro_aevb.program.coordinates import unconstrained_shape
 from pyro_aevb.program.dependencies import Dependencies, read_dependencies
 from pyro_aevb.program.sites import plain_support
 from pyro_aevb.program.structure import Structure, decide_imputed, read_structure

@@ -7,38 +7,27 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import (
-    AffineTransform,
-    ComposeTransform,
-    IndependentTransform,
-    Transform,
-    biject_to,
-    constraints,
-    transform_to,
-)
+from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.constraints import Constraint
 
 from pyro_aevb._types import SiteDistribution
-from pyro_aevb.errors import ModelError
+from pyro_aevb.program.coordinates import bijection, inverse_event, site_kind, unconstrained_shape
 from pyro_aevb.program.sites import plain_support
 from pyro_aevb.program.structure import Site
 
 __all__ = [
     "Coordinates",
-    "bijection",
     "feasible",
     "has_ends",
     "is_same_support",
     "read_coordinates",
     "transformed",
-    "unconstrained_shape",
 ]
 
 _LARGEST = 10.0
 """Standardised coordinates that networks read are cut here: a value at the end of its support has infinite ones."""
 
 _NUM_DRAWS = 4096
-_CIRCULAR = frozenset({"VonMises"})
 
 
 class Coordinates(nn.Module):
@@ -113,36 +102,13 @@ def read_coordinates(site: Site, fn: SiteDistribution) -> Coordinates:
     Raises:
         ModelError: If there is no bijection onto the support.
     """
-    kind, shape = _kind(site), unconstrained_shape(site)
+    kind, shape = site_kind(site), unconstrained_shape(site)
     size = math.prod(shape)
     dtype = getattr(feasible(fn), "dtype", torch.float32)
     loc, scale = torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype)
     if kind == "euclidean" and size:
         loc, scale = _prior_units(fn, loc, scale)
     return Coordinates(site.event_shape, shape, loc, scale, kind)
-
-
-def unconstrained_shape(site: Site) -> tuple[int, ...]:
-    """Return the shape of a site's event in unconstrained space.
-
-    Raises:
-        ModelError: If there is no bijection onto the support.
-    """
-    if _kind(site) != "euclidean":
-        return site.event_shape
-    try:
-        return _unconstrained(biject_to(site.support), site.batch_shape, site.event_shape)
-    except NotImplementedError as error:
-        raise ModelError(
-            f"There is no map from unconstrained space onto the support {site.support} of latent site {site.name!r} "
-            f"({site.family}). Register one with torch.distributions.biject_to, or write this site's guide by hand.",
-            site=site.name,
-        ) from error
-
-
-def _unconstrained(transform: Transform, batch_shape: Sequence[int], event_shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of an event before a transform; ends of a support that differ between rows have the rows' shape."""
-    return tuple(transform.inverse_shape(torch.Size((*batch_shape, *event_shape))))[len(batch_shape) :]
 
 
 def _prior_units(fn: SiteDistribution, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,12 +126,6 @@ def _prior_units(fn: SiteDistribution, loc: Tensor, scale: Tensor) -> tuple[Tens
     return torch.where(is_usable, median, loc), torch.where(is_usable, spread, scale)
 
 
-def _kind(site: Site) -> str:
-    if site.family in _CIRCULAR:
-        return "circle"
-    return "sphere" if getattr(dist.constraints, "sphere", None) is site.support else "euclidean"
-
-
 def transformed(base: SiteDistribution, support: Constraint, event_dim: int) -> SiteDistribution:
     """Carry a distribution on unconstrained coordinates, each of its own batch element, to a support.
 
@@ -180,29 +140,6 @@ def transformed(base: SiteDistribution, support: Constraint, event_dim: int) -> 
     if transform is not None:
         base = dist.TransformedDistribution(base.to_event(transform.domain.event_dim), [transform])
     return base.to_event(event_dim - base.event_dim) if event_dim > base.event_dim else base
-
-
-def bijection(support: Constraint) -> Transform | None:
-    """Return the map from unconstrained space onto a support, without steps that do nothing; ``None`` for the identity.
-
-    torch reaches the positive numbers by exp and an affine map that is the identity, where its log-normal has exp alone; a KL in
-    closed form is found between equal maps only.
-    """
-    return _simplified(biject_to(support))
-
-
-def _simplified(transform: Transform) -> Transform | None:
-    if isinstance(transform, IndependentTransform):
-        base = _simplified(transform.base_transform)
-        return None if base is None else IndependentTransform(base, transform.reinterpreted_batch_ndims)
-    if isinstance(transform, ComposeTransform):
-        parts = [part for part in map(_simplified, transform.parts) if part is not None]
-        return ComposeTransform(parts) if len(parts) > 1 else next(iter(parts), None)
-    if isinstance(transform, AffineTransform) and not any(
-        isinstance(item, Tensor) for item in (transform.loc, transform.scale)
-    ):
-        return None if (transform.loc, transform.scale) == (0, 1) else transform
-    return transform
 
 
 def _ends(support: Constraint) -> list[Tensor]:
@@ -236,7 +173,7 @@ def feasible(fn: SiteDistribution) -> Tensor:
         return torch.zeros(shape)
     transform = transform_to(plain_support(fn))
     like = _like(fn)
-    event = _unconstrained(transform, fn.batch_shape, fn.event_shape)
+    event = inverse_event(transform, fn.batch_shape, fn.event_shape)
     point = torch.arange(1.0, 1.0 + math.prod(event), device=like.device).sin().div(2).reshape(event)
     return transform(point.to(like.dtype)).expand(shape)
 

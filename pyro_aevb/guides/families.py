@@ -17,7 +17,8 @@ from typing_extensions import override
 from pyro_aevb._types import SiteDistribution
 from pyro_aevb.distributions.wrapped_normal import WrappedNormal
 from pyro_aevb.errors import SettingError
-from pyro_aevb.guides.coordinates import Coordinates, bijection, transformed
+from pyro_aevb.guides.coordinates import Coordinates, transformed
+from pyro_aevb.program.coordinates import bijection
 
 __all__ = ["Circular", "Diagonal", "Family", "Flow", "FullCovariance", "Spherical", "neural_spline_flow"]
 

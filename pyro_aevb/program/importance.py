@@ -9,13 +9,20 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
-from pyro_aevb.errors import AEVBError, GuideError, NonFiniteError, ParticleWarning, warn_user
+from pyro_aevb.errors import GuideError, NonFiniteError
 from pyro_aevb.program.agreement import check_guide, check_masks
 from pyro_aevb.program.dependencies import prior_parents
 from pyro_aevb.program.divergence import closed_form_kl
 from pyro_aevb.program.fixed_rank import Ranks, module_ranks
 from pyro_aevb.program.parameters import detaching, preserved_buffers, preserved_state
-from pyro_aevb.program.particles import ParticleAxes, Records, SiteRecord, run_program
+from pyro_aevb.program.particles import (
+    ParticleAxes,
+    Records,
+    SiteRecord,
+    can_vectorize,
+    first_difference,
+    run_program,
+)
 from pyro_aevb.program.reach import find_modules
 from pyro_aevb.program.sites import SharedIndices, SpentNoise
 from pyro_aevb.program.structure import Structure, read_structure
@@ -212,49 +219,28 @@ class ImportanceProgram:
         # sizes that differ from the rows', or indexing by rows would pass for indexing by particles
         size = 3 if self.structure.rows == 2 else 2
         axes = ParticleAxes(size if key[0] else 1, size if key[1] else 1)
+        loop = replace(axes, is_vectorized=False)
+
+        def compare() -> str | None:
+            guide = self.sample_guide(args, kwargs, axes)
+            values = {name: site.value for name, site in guide.items()}
+            model = self.score_model(args, kwargs, axes, values)
+            site = _first_difference(guide, self.sample_guide(args, kwargs, loop, values=values))
+            given = {name: site for name, site in model.items() if site.is_observed or name in values}
+            return site or _first_difference(given, self.score_model(args, kwargs, loop, values))
+
         with preserved_state(self.modules), torch.no_grad():
             self._ranks = module_ranks(self.modules, lambda: self._run_both(args, kwargs))
-            try:
-                guide = self.sample_guide(args, kwargs, axes)
-                values = {name: site.value for name, site in guide.items()}
-                model = self.score_model(args, kwargs, axes, values)
-                loop = replace(axes, is_vectorized=False)
-                site = _first_difference(guide, self.sample_guide(args, kwargs, loop, values=values))
-                given = {name: site for name, site in model.items() if site.is_observed or name in values}
-                site = site or _first_difference(given, self.score_model(args, kwargs, loop, values))
-                reason = f"site {site!r} has other densities than without particles" if site else ""
-            except AEVBError:
-                raise
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if reason:
-            _warn_loop(reason)
-        return not reason
+            return can_vectorize(compare)
 
     def _run_both(self, args: Args, kwargs: Kwargs) -> None:
         trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
         poutine.replay(self.model, trace=trace)(*args, **kwargs)
 
 
-def _warn_loop(reason: str) -> None:
-    warn_user(
-        f"Particles run one by one, because model or guide does not broadcast over particle axes: {reason}. The numbers are the "
-        f"same, the time grows with the number of particles. Index from the right (dim=-1, x[..., 0]) to vectorize.",
-        ParticleWarning,
-    )
-
-
 def _first_difference(vectorized: Records, looped: Records) -> str | None:
-    """Return the first site whose log density differs between two ways of running.
-
-    By more than rounding, which a narrow distribution far from 0 enlarges.
-    """
-    for name, site in vectorized.items():
-        other = looped[name].log_prob
-        tolerance = 1e-4 if other.dtype == torch.float32 else 1e-8
-        if not torch.allclose(site.log_prob, other, rtol=tolerance, atol=100 * tolerance, equal_nan=True):
-            return name
-    return None
+    densities = [{name: site.log_prob for name, site in records.items()} for records in (vectorized, looped)]
+    return first_difference(*densities)
 
 
 def _latent_term(p: SiteRecord, q: SiteRecord, *, wants_kl: bool) -> LatentTerm:

@@ -24,12 +24,12 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
-from pyro_aevb.errors import ModelError
+from pyro_aevb.errors import AEVBError, ModelError, ParticleWarning, warn_user
 from pyro_aevb.program.fixed_rank import Ranks, flattened
 from pyro_aevb.program.sites import ReplayValues, sample_sites, unmasked_value, value_mask
 from pyro_aevb.program.structure import Structure
 
-__all__ = ["ParticleAxes", "Records", "SiteRecord", "as_draws", "run_program"]
+__all__ = ["ParticleAxes", "Records", "SiteRecord", "as_draws", "can_vectorize", "first_difference", "run_program"]
 
 
 _NOT_GLOBAL = (
@@ -294,3 +294,38 @@ def as_draws(site: SiteRecord, structure: Structure) -> Tensor:
     value = value.permute(0, *(1 + nesting + dim for dim in (*rows, *inner, *unused)), *range(1 + nesting, value.dim()))
     plates, event = value.shape[1 + len(rows) : 1 + nesting], value.shape[1 + nesting :]
     return value.reshape(*value.shape[: 1 + len(rows)], *(size for size in plates if size > 1), *event)
+
+
+def can_vectorize(compare: Callable[[], str | None]) -> bool:
+    """Tell whether programs broadcast over particle plates; if not, say so in one warning.
+
+    Args:
+        compare: Runs them under particle plates and one by one, and returns the first site whose densities differ.
+    """
+    try:
+        site = compare()
+        reason = f"site {site!r} has other densities than without particles" if site else ""
+    except AEVBError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if reason:
+        warn_user(
+            f"Particles run one by one, because model or guide does not broadcast over particle axes: {reason}. The numbers are "
+            f"the same, the time grows with the number of particles. Index from the right (dim=-1, x[..., 0]) to vectorize.",
+            ParticleWarning,
+        )
+    return not reason
+
+
+def first_difference(vectorized: Values, looped: Values) -> str | None:
+    """Return the first site whose log density differs between two ways of running.
+
+    By more than rounding, which a narrow distribution far from 0 enlarges.
+    """
+    for name, density in vectorized.items():
+        other = looped[name]
+        tolerance = 1e-4 if other.dtype == torch.float32 else 1e-8
+        if not torch.allclose(density, other, rtol=tolerance, atol=100 * tolerance, equal_nan=True):
+            return name
+    return None

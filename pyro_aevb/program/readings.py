@@ -8,7 +8,6 @@ import pyro
 import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
-from pyro.distributions.util import sum_rightmost
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
 from pyro_aevb.program.batch import explained
-from pyro_aevb.program.sites import ReplayValues, SharedIndices, unmasked_value
+from pyro_aevb.program.sites import ReplayValues, SharedIndices, unmasked_value, without_masks
 from pyro_aevb.randomness import random_state, replayed_rng, seeded
 
 __all__ = ["FirstReading", "Runs"]
@@ -252,15 +251,7 @@ def _masks(message: Message) -> list[Any]:
 def _density(message: Message, value: Any) -> Tensor:
     """Return a site's log density at a value as if nothing was masked; 0 where a plain ``False`` drops the site."""
     is_dropped = any(mask is False for mask in _masks(message))
-    return torch.zeros(()) if is_dropped else _without_masks(message["fn"], value)
-
-
-def _without_masks(fn: SiteDistribution, value: Any) -> Tensor:
-    if isinstance(fn, (MaskedDistribution, ExpandedDistribution)):
-        return _without_masks(fn.base_dist, value)
-    if isinstance(fn, Independent):
-        return sum_rightmost(_without_masks(fn.base_dist, value), fn.reinterpreted_batch_ndims)
-    return fn.log_prob(value)
+    return torch.zeros(()) if is_dropped else without_masks(message["fn"]).log_prob(value)
 
 
 def _gradients(density: Tensor, leaves: Collection[Tensor]) -> list[Tensor | None]:

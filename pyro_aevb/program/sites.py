@@ -23,6 +23,7 @@ __all__ = [
     "sample_sites",
     "unmasked_value",
     "value_mask",
+    "without_masks",
 ]
 
 Nodes: TypeAlias = dict[str, Any]
@@ -153,3 +154,15 @@ def _inside(support: constraints.Constraint, value: Tensor) -> Tensor:
         return torch.zeros_like(value)
     transform = transform_to(support)
     return transform(value.new_zeros(transform.inverse_shape(value.shape)))
+
+
+def without_masks(fn: SiteDistribution) -> SiteDistribution:
+    """Return a distribution without the masks of ``fn.mask(...)``, inside ``to_event`` too."""
+    if isinstance(fn, MaskedDistribution):
+        return without_masks(fn.base_dist)
+    if not isinstance(fn, (Independent, ExpandedDistribution)):
+        return fn
+    base = without_masks(fn.base_dist)
+    if base is fn.base_dist:
+        return fn
+    return base.to_event(fn.reinterpreted_batch_ndims) if isinstance(fn, Independent) else base.expand(fn.batch_shape)
