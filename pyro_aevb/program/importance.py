@@ -279,11 +279,14 @@ def _data_scale(model: Records, guide: Records) -> float:
 
 
 def find_non_finite(
-    model: PyroProgram, guide: PyroProgram, structure: Structure, args: Args, kwargs: Kwargs
+    model: PyroProgram, guide: PyroProgram | None, structure: Structure, args: Args, kwargs: Kwargs
 ) -> NonFiniteError | None:
-    """Run once and name the first site, guide before model, whose log density is NaN or infinite, where there is one."""
+    """Run once and name the first site, guide before model, whose log density is NaN or infinite, where there is one.
+
+    Without a guide latents are drawn from the prior.
+    """
     with preserved_state(find_modules(model, guide), evaluate=False), torch.no_grad(), SharedIndices():
-        guide_sites = run_program(guide, structure, ParticleAxes(), args, kwargs)
+        guide_sites = {} if guide is None else run_program(guide, structure, ParticleAxes(), args, kwargs)
         values = {name: site.value for name, site in guide_sites.items()}
         model_sites = run_program(model, structure, ParticleAxes(), args, kwargs, values=values)
     for program, records in (("guide", guide_sites), ("model", model_sites)):

@@ -1,7 +1,9 @@
 """Rows that are asked about: NaN found in its row, programs run in eval mode, chunk by chunk."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import pyro
 import torch
@@ -17,7 +19,7 @@ from pyro_aevb.program.particles import ParticleAxes, Records
 from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.randomness import seeded
 
-__all__ = ["Rows", "check_finite", "inferring", "located"]
+__all__ = ["ReadRows", "Rows", "check_finite", "inferring", "located", "read_rows"]
 
 CHUNK_DRAWS = 50_000
 """Draws of all local latents of a row that are in memory at once by default: some 300 MB for 784 pixels in float32."""
@@ -52,7 +54,7 @@ def located(args: Args, kwargs: Kwargs) -> Iterator[None]:
 
 
 def check_finite(
-    model: PyroProgram, guide: PyroProgram, structure: Structure, args: Args, kwargs: Kwargs, rows_per_run: int
+    model: PyroProgram, guide: PyroProgram | None, structure: Structure, args: Args, kwargs: Kwargs, rows_per_run: int
 ) -> None:
     """Refuse NaN and infinity in data where they reach a density that no mask drops.
 
@@ -70,7 +72,8 @@ def check_finite(
         found = find_non_finite(model, guide, structure, *part)
         return found.site if found else None
 
-    with evaluating(model, guide), pyro.validation_enabled(False):
+    programs = [model] if guide is None else [model, guide]
+    with evaluating(*programs), pyro.validation_enabled(False):
         for rows in bad.split(rows_per_run) if len(bad) else ():
             if find(rows) is None:
                 continue
@@ -103,6 +106,105 @@ def _argument(args: Args, kwargs: Kwargs, row: int) -> str:
     return next(repr(name) for name, item in tensors.items() if row < len(item) and not item[row].isfinite().all())
 
 
+@runtime_checkable
+class Readable(Protocol):
+    """What is read on a batch: programs, and the model's structure."""
+
+    @property
+    def structure(self) -> Structure:
+        """The model's structure."""
+
+
+P = TypeVar("P", bound=Readable)
+
+
+@dataclass(frozen=True)
+class ReadRows(Generic[P]):
+    """Programs read on a few rows of a batch, and how many rows they take at once.
+
+    Attributes:
+        program: What was read.
+        drawn: Rows that the model draws by itself at each run; ``None`` if it takes any number.
+        needs_all: Whether it takes all rows of this batch or none.
+    """
+
+    program: P
+    drawn: int | None = None
+    needs_all: bool = False
+
+
+def read_rows(
+    model: PyroProgram,
+    args: Args,
+    kwargs: Kwargs,
+    data_plate: str | None,
+    read: Callable[[Args, Kwargs, str | None], P],
+) -> ReadRows[P]:
+    """Read programs on two rows; if the model draws rows by itself, on as many as it draws; if need be, on all.
+
+    Args:
+        model: The model.
+        args: The batch, as positional arguments.
+        kwargs: The batch, as keyword arguments.
+        data_plate: As in :func:`~pyro_aevb.program.structure.read_structure`.
+        read: Reads model, and guide if there is one, on a batch under a name of the data plate.
+
+    Raises:
+        DataError: If there are no rows, or tensors differ in length.
+        ModelError: If the model is not supported.
+    """
+    lengths = {name: len(item) for name, item in _data_tensors(args, kwargs).items()}
+    if 0 in lengths.values():
+        raise DataError(f"The batch has no rows: expected at least one, got lengths {lengths}.")
+    if data_plate is not None and len(set(lengths.values())) > 1:
+        raise DataError(f"Every tensor has rows on axis 0 and as many of them, got lengths {lengths}.")
+    with located(args, kwargs), explained("program", args, kwargs):
+        if data_plate is None:
+            return ReadRows(read(args, kwargs, None))
+        return _read_few(model, args, kwargs, data_plate, read)
+
+
+def _read_few(
+    model: PyroProgram, args: Args, kwargs: Kwargs, data_plate: str, read: Callable[[Args, Kwargs, str | None], P]
+) -> ReadRows[P]:
+    """Read on two rows; if the model draws rows by itself, on as many as it draws."""
+
+    def first(count: int) -> tuple[Args, Kwargs]:
+        return take_rows(args, kwargs, slice(0, count))
+
+    try:
+        program = read(*first(2), data_plate)
+        # two rows do not tell a model that draws two rows from one that takes any number
+        structure = read_structure(model, *first(3), data_plate=program.structure.data_plate)
+    except ModelError as error:
+        try:
+            structure = read_structure(model, args, kwargs, data_plate=data_plate)
+        except (ModelError, RuntimeError):
+            raise error from None
+        if not structure.draws_own_rows:
+            return _read_whole(args, kwargs, data_plate, read, error)
+    if not structure.draws_own_rows:
+        return ReadRows(program)
+    drawn = structure.rows
+    program = read(*first(drawn), structure.data_plate)
+    if program.structure.full_size != drawn:
+        raise ModelError(
+            f"The model draws {drawn} rows of {program.structure.full_size} by itself, so that the rows asked for can't "
+            f"be run. Size the plate by the batch: pyro.plate({structure.data_plate!r}, len(x), subsample_size={drawn})."
+        )
+    return ReadRows(program, drawn=drawn)
+
+
+def _read_whole(
+    args: Args, kwargs: Kwargs, data_plate: str, read: Callable[[Args, Kwargs, str | None], P], error: ModelError
+) -> ReadRows[P]:
+    """Read what holds parameters of each row, as Pyro's automatic guides do, on all rows or not at all."""
+    try:
+        return ReadRows(read(args, kwargs, data_plate), needs_all=True)
+    except (AEVBError, RuntimeError):
+        raise error from None
+
+
 class Rows:
     """A batch of rows, read and checked, over which a model and its guide run in chunks.
 
@@ -127,16 +229,14 @@ class Rows:
         self, model: PyroProgram, guide: PyroProgram, args: Args, kwargs: Kwargs, data_plate: str | None
     ) -> None:
         self.args, self.kwargs = args, kwargs
-        self._drawn: int | None = None  # rows that the model draws by itself at each run
-        self._needs_all = False
         self._globals: Values = {}
-        lengths = {name: len(item) for name, item in _data_tensors(args, kwargs).items()}
-        if 0 in lengths.values():
-            raise DataError(f"The batch has no rows: expected at least one, got lengths {lengths}.")
-        if data_plate is not None and len(set(lengths.values())) > 1:
-            raise DataError(f"Every tensor has rows on axis 0 and as many of them, got lengths {lengths}.")
-        with evaluating(model, guide), located(args, kwargs), explained("program", args, kwargs):
-            self.program = self._read(model, guide, data_plate)
+
+        def read(args: Args, kwargs: Kwargs, data_plate: str | None) -> ImportanceProgram:
+            return ImportanceProgram(model, guide, args, kwargs, data_plate=data_plate)
+
+        with evaluating(model, guide):
+            self._read = read_rows(model, args, kwargs, data_plate, read)
+        self.program = self._read.program
         self.count = batch_rows(args, kwargs) if self.structure.data_plate is not None else None
         check_finite(model, guide, self.structure, args, kwargs, rows_per_run=1000)
 
@@ -144,47 +244,6 @@ class Rows:
     def structure(self) -> Structure:
         """The model's structure."""
         return self.program.structure
-
-    def _read(self, model: PyroProgram, guide: PyroProgram, data_plate: str | None) -> ImportanceProgram:
-        """Read the programs on two rows; if the model draws rows by itself, on as many as it draws."""
-        if data_plate is None:
-            return ImportanceProgram(model, guide, self.args, self.kwargs, data_plate=None)
-        try:
-            program = ImportanceProgram(model, guide, *self._first(2), data_plate=data_plate)
-            # two rows do not tell a model that draws two rows from one that takes any number
-            structure = read_structure(model, *self._first(3), data_plate=program.structure.data_plate)
-        except ModelError as error:
-            try:
-                structure = read_structure(model, self.args, self.kwargs, data_plate=data_plate)
-            except (ModelError, RuntimeError):
-                raise error from None
-            if not structure.draws_own_rows:
-                return self._read_whole(model, guide, data_plate, error)
-        if not structure.draws_own_rows:
-            return program
-        self._drawn = structure.rows
-        program = ImportanceProgram(model, guide, *self._first(self._drawn), data_plate=structure.data_plate)
-        if program.structure.full_size != self._drawn:
-            raise ModelError(
-                f"The model draws {self._drawn} rows of {program.structure.full_size} by itself, so that the rows asked for can't "
-                f"be run. Size the plate by the batch: "
-                f"pyro.plate({structure.data_plate!r}, len(x), subsample_size={self._drawn})."
-            )
-        return program
-
-    def _read_whole(
-        self, model: PyroProgram, guide: PyroProgram, data_plate: str | None, error: ModelError
-    ) -> ImportanceProgram:
-        """Read a guide that holds parameters of each row, as Pyro's automatic ones do, on all rows or not at all."""
-        try:
-            program = ImportanceProgram(model, guide, self.args, self.kwargs, data_plate=data_plate)
-        except (AEVBError, RuntimeError):
-            raise error from None
-        self._needs_all = True
-        return program
-
-    def _first(self, count: int) -> tuple[Args, Kwargs]:
-        return take_rows(self.args, self.kwargs, slice(0, count))
 
     def chunks(
         self, chunk_size: int | None, draws_per_row: int, *, progress: bool
@@ -200,8 +259,9 @@ class Rows:
         if self.count is None:
             yield self.args, self.kwargs, self.structure.rows
             return
-        size = self._drawn or chunk_size or max(1, CHUNK_DRAWS // draws_per_row)
-        if self._needs_all:
+        drawn = self._read.drawn
+        size = drawn or chunk_size or max(1, CHUNK_DRAWS // draws_per_row)
+        if self._read.needs_all:
             size = self.count
         if self.structure.full_size > self.structure.rows:
             size = min(size, self.structure.full_size)
@@ -209,7 +269,7 @@ class Rows:
             for start in range(0, self.count, size):
                 stop = min(start + size, self.count)
                 rows: slice | Tensor = slice(start, stop)
-                if self._drawn is not None and stop - start < size:
+                if drawn is not None and stop - start < size:
                     rows = torch.arange(start, start + size).clamp(max=stop - 1)
                 yield *take_rows(self.args, self.kwargs, rows), stop - start
                 bar.update(stop - start)
