@@ -35,6 +35,7 @@ __all__ = [
     "Target",
     "jittered",
     "move",
+    "nothing",
     "sample",
     "start",
     "transition",
@@ -117,7 +118,7 @@ class Draws(NamedTuple):
     num_divergent: Int[Tensor, " rows"]
 
 
-def _nothing(fraction: float) -> None:
+def nothing(fraction: float) -> None:
     """Tell nobody."""
 
 
@@ -258,7 +259,7 @@ def sample(
     step_size: PerRow,
     scale: Float[Tensor, "rows dim"],
     num_leapfrog: int,
-    advance: Advance = _nothing,
+    advance: Advance = nothing,
 ) -> Draws:
     """Draw from each row's target by chains of transitions, step sizes and scales as given.
 
