@@ -135,7 +135,7 @@ def average_over_globals(results: Sequence[LogMarginal]) -> LogMarginal:
 def joint_evidence(
     log_global: GlobalWeights,
     values: Float[Tensor, "particles rows"],
-    standard_errors: Float[Tensor, "particles rows"],
+    standard_errors: PerRow,
     *,
     is_unbiased: bool,
 ) -> JointEvidence:
@@ -149,11 +149,11 @@ def joint_evidence(
     Args:
         log_global: log w_g[s], in nats.
         values: Estimates of log p(x_n | g_s).
-        standard_errors: Their standard errors, which count for S = 1 only.
+        standard_errors: Those given the one draw; they count for S = 1 only.
         is_unbiased: Whether each exp(value) is unbiased for p(x_n | g_s).
 
     Example:
-        >>> joint = joint_evidence(torch.zeros(2), torch.ones(2, 3), torch.zeros(2, 3), is_unbiased=True)
+        >>> joint = joint_evidence(torch.zeros(2), torch.ones(2, 3), torch.zeros(3), is_unbiased=True)
         >>> joint.value, joint.standard_error
         (3.0, 0.0)
     """
@@ -161,7 +161,7 @@ def joint_evidence(
     num_draws = len(log_weights)
     value, error = _log_mean(log_weights[:, None])
     k_hat = pareto_k_hat(log_weights[:, None])
-    error = void_error(error if num_draws > 1 else standard_errors.double().square().sum(1).sqrt(), k_hat)
+    error = void_error(error if num_draws > 1 else standard_errors.double().square().sum().sqrt()[None], k_hat)
     shares = (log_weights - log_weights.amax()).exp()
     return JointEvidence(
         value=value.item(),

@@ -9,7 +9,7 @@ import html
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from pyro_aevb.status import Status
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Bound", "LogMarginal", "Status", "concatenate"]
+__all__ = ["Bound", "LogMarginal", "Status", "concatenate", "first_rows"]
 
 
 _LEVELS = tuple(Status)
@@ -259,3 +259,18 @@ def concatenate(results: Sequence[LogMarginal]) -> LogMarginal:
         else:
             joined[name] = first
     return LogMarginal(**joined)
+
+
+def first_rows(result: LogMarginal, count: int) -> LogMarginal:
+    """Return the first rows of a result, such as those of a chunk that was padded.
+
+    Args:
+        result: A result.
+        count: How many rows to keep.
+
+    Example:
+        >>> from pyro_aevb.evidence.averages import from_log_weights
+        >>> len(first_rows(from_log_weights(torch.zeros(1, 200, 3)), 2))
+        2
+    """
+    return replace(result, **{name: entry[:count] for name, entry in result._per_row().items()})
