@@ -8,6 +8,7 @@ with fewer than 4 draws, or, for R-hat, with fewer than 2 chains, has the result
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,13 +16,53 @@ from torch import Tensor
 
 from pyro_aevb.errors import SettingError
 
-__all__ = ["bulk_ess", "mean_ess", "nested_r_hat", "split_r_hat"]
+__all__ = ["Convergence", "bulk_ess", "diagnose", "mean_ess", "nested_r_hat", "split_r_hat"]
 
 Draws = Float[Tensor, "chains draws *quantities"]
 PerQuantity = Float[Tensor, "*quantities"]
+_Chains = Float[Tensor, "quantities _chains _draws"]
 
 _BLOCK = 4_000_000
 """Draws of quantities that are sorted and transformed at once: some 300 MB."""
+
+
+class Convergence(NamedTuple):
+    """What :func:`diagnose` finds for each quantity.
+
+    Attributes:
+        ess: As :func:`bulk_ess`.
+        r_hat: As :func:`split_r_hat`.
+        nested_r_hat: As :func:`nested_r_hat`.
+    """
+
+    ess: PerQuantity
+    r_hat: PerQuantity
+    nested_r_hat: PerQuantity
+
+
+def diagnose(draws: Draws, num_superchains: int) -> Convergence:
+    """Compute the three that judge chains at once, at a third of their costs.
+
+    Args:
+        draws: As in :func:`nested_r_hat`.
+        num_superchains: As there.
+
+    Raises:
+        SettingError: As there.
+
+    Example:
+        >>> found = diagnose(torch.randn(8, 100, 5, generator=torch.Generator().manual_seed(0)), num_superchains=2)
+        >>> torch.equal(found.ess, bulk_ess(torch.randn(8, 100, 5, generator=torch.Generator().manual_seed(0))))
+        True
+    """
+    _check_superchains(draws, num_superchains)
+
+    def statistics(block: _Chains) -> Tensor:
+        bulk, tail = _bulk_and_tail(block)
+        nested = _larger(_nested(bulk, num_superchains), _nested(tail, num_superchains))
+        return torch.stack((_ess(bulk), _larger(_r_hat(bulk), _r_hat(tail)), nested))
+
+    return Convergence(*_per_quantity(draws, statistics, min_chains=2))
 
 
 def bulk_ess(draws: Draws) -> PerQuantity:
@@ -37,12 +78,12 @@ def bulk_ess(draws: Draws) -> PerQuantity:
         >>> bool(bulk_ess(noise) > 1500), bool(bulk_ess(noise.cumsum(1)) < 50)
         (True, True)
     """
-    return _per_quantity(draws, lambda block: _ess(_normal_scores(_split(block))))
+    return _per_quantity(draws, lambda block: _ess(_normal_scores(_split(block))[0])[None])[0]
 
 
 def mean_ess(draws: Draws) -> PerQuantity:
     """Estimate the effective number of draws for the mean of each quantity itself, the same as ``az.ess(method="mean")``."""
-    return _per_quantity(draws, lambda block: _ess(_split(block)))
+    return _per_quantity(draws, lambda block: _ess(_split(block))[None])[0]
 
 
 def split_r_hat(draws: Draws) -> PerQuantity:
@@ -58,7 +99,7 @@ def split_r_hat(draws: Draws) -> PerQuantity:
         >>> bool(split_r_hat(noise) < 1.01), bool(split_r_hat(noise + torch.arange(4.0)[:, None]) > 1.3)
         (True, True)
     """
-    return _per_quantity(draws, lambda block: _bulk_or_tail(block, _r_hat), min_chains=2)
+    return _per_quantity(draws, lambda block: _larger(*map(_r_hat, _bulk_and_tail(block)))[None], min_chains=2)[0]
 
 
 def nested_r_hat(draws: Draws, num_superchains: int) -> PerQuantity:
@@ -77,80 +118,85 @@ def nested_r_hat(draws: Draws, num_superchains: int) -> PerQuantity:
     Raises:
         SettingError: If the chains do not fall into so many groups of equal size.
     """
+    _check_superchains(draws, num_superchains)
+
+    def statistic(block: _Chains) -> Tensor:
+        return _larger(*(_nested(scores, num_superchains) for scores in _bulk_and_tail(block)))[None]
+
+    return _per_quantity(draws, statistic, min_chains=2)[0]
+
+
+def _check_superchains(draws: Draws, num_superchains: int) -> None:
+    """Refuse groups that chains do not fall into."""
     num_chains = draws.shape[0]
     if num_superchains < 2 or num_chains % num_superchains:
         raise SettingError(
             f"Expected at least 2 superchains of equal size, got num_superchains={num_superchains} of {num_chains} chains."
         )
-    return _per_quantity(
-        draws, lambda block: _bulk_or_tail(block, lambda halves: _nested(halves, num_superchains)), min_chains=2
-    )
 
 
 def _per_quantity(
-    draws: Draws, statistic: Callable[[Float[Tensor, "quantities chains draws"]], Tensor], *, min_chains: int = 1
-) -> PerQuantity:
-    """Apply a statistic of ``[quantities, chains, draws]`` block by block, NaN where it has no meaning."""
+    draws: Draws, statistics: Callable[[_Chains], Tensor], *, min_chains: int = 1
+) -> Float[Tensor, "statistics *quantities"]:
+    """Apply statistics of ``[quantities, chains, draws]`` block by block, NaN where they have no meaning."""
     num_chains, num_draws, *shape = draws.shape
     count = math.prod(shape)
     flat = draws.detach().reshape(num_chains, num_draws, count)
-    result = torch.full((count,), math.nan, dtype=torch.float64, device=draws.device)
-    if num_draws >= 4 and num_chains >= min_chains:
-        size = max(1, _BLOCK // (num_chains * num_draws))
-        for start in range(0, count, size):
-            block = flat[..., start : start + size].movedim(-1, 0).double().contiguous()
-            found = statistic(block)
-            result[start : start + size] = found.masked_fill(block.isnan().any(-1).any(-1), math.nan)
-    return result.reshape(shape)
+    if num_draws < 4 or num_chains < min_chains or not count:
+        return flat.new_full((3, *shape), math.nan, dtype=torch.float64)
+    parts = []
+    for part in flat.split(max(1, _BLOCK // (num_chains * num_draws)), dim=-1):
+        block = part.movedim(-1, 0).double().contiguous()
+        parts.append(statistics(block).masked_fill(block.isnan().any(-1).any(-1), math.nan))
+    return torch.cat(parts, -1).reshape(-1, *shape)
 
 
-def _split(draws: Float[Tensor, "quantities chains draws"]) -> Float[Tensor, "quantities half_chains half_draws"]:
+def _split(draws: _Chains) -> Float[Tensor, "quantities half_chains half_draws"]:
     """Cut chains into halves that follow each other; an odd draw in the middle is left out."""
     half = draws.shape[-1] // 2
     return torch.stack((draws[..., :half], draws[..., -half:]), 2).flatten(1, 2)
 
 
-def _normal_scores(draws: Float[Tensor, "quantities chains draws"]) -> Float[Tensor, "quantities chains draws"]:
-    """Replace draws by normal quantiles of their ranks (Blom 1958), equal draws by that of their mean rank."""
+def _normal_scores(draws: _Chains) -> tuple[_Chains, Float[Tensor, " quantities"]]:
+    """Replace draws by normal quantiles of their ranks (Blom 1958), equal draws by that of their mean rank.
+
+    Returns:
+        The scores, and the median of the draws.
+    """
     flat = draws.flatten(1)
     size = flat.shape[1]
     ordered, order = flat.sort(dim=1)
-    position = torch.arange(size, device=flat.device).expand_as(ordered)
-    is_first = torch.ones_like(ordered, dtype=torch.bool)
-    is_first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    first = position.where(is_first, 0).cummax(1).values
-    is_last = is_first[:, 1:].new_ones(is_first.shape)
+    position = torch.arange(size, device=flat.device).expand_as(order)
+    is_first, is_last = torch.ones_like(ordered, dtype=torch.bool), torch.ones_like(ordered, dtype=torch.bool)
+    torch.ne(ordered[:, 1:], ordered[:, :-1], out=is_first[:, 1:])
     is_last[:, :-1] = is_first[:, 1:]
+    first = position.where(is_first, 0).cummax(1).values
     last = position.where(is_last, size).flip(1).cummin(1).values.flip(1)
-    rank = torch.empty_like(flat).scatter_(1, order, (first + last).double() / 2 + 1)
-    return torch.special.ndtri((rank - 3 / 8) / (size + 1 / 4)).reshape(draws.shape)
-
-
-def _fold(draws: Float[Tensor, "quantities chains draws"]) -> Float[Tensor, "quantities chains draws"]:
-    """Return distances from the median of all chains."""
-    ordered = draws.flatten(1).sort(dim=1).values
-    size = ordered.shape[1]
+    scores = torch.special.ndtri(((first + last).double() / 2 + 1 - 3 / 8) / (size + 1 / 4))
     median = (ordered[:, (size - 1) // 2] + ordered[:, size // 2]) / 2
-    return (draws - median[:, None, None]).abs()
+    return torch.empty_like(flat).scatter_(1, order, scores).reshape(draws.shape), median
 
 
-def _bulk_or_tail(
-    draws: Float[Tensor, "quantities chains draws"], statistic: Callable[[Tensor], Tensor]
-) -> Float[Tensor, " quantities"]:
-    """Return the larger one of a statistic of ranks and of ranks of distances from the median."""
+def _bulk_and_tail(draws: _Chains) -> tuple[_Chains, _Chains]:
+    """Return the scores of halves of chains, and those of their distances from the median."""
     halves = _split(draws)
-    bulk, tail = statistic(_normal_scores(halves)), statistic(_normal_scores(_fold(halves)))
+    bulk, median = _normal_scores(halves)
+    return bulk, _normal_scores((halves - median[:, None, None]).abs())[0]
+
+
+def _larger(bulk: Float[Tensor, " quantities"], tail: Float[Tensor, " quantities"]) -> Float[Tensor, " quantities"]:
+    """Return the larger statistic, that of the bulk where the tail has none."""
     return tail.where(tail > bulk, bulk)
 
 
-def _r_hat(chains: Float[Tensor, "quantities chains draws"]) -> Float[Tensor, " quantities"]:
+def _r_hat(chains: _Chains) -> Float[Tensor, " quantities"]:
     """Compute R-hat of chains as they are."""
     num_draws = chains.shape[-1]
     between, within = num_draws * chains.mean(-1).var(-1), chains.var(-1).mean(-1)
     return ((between / within + num_draws - 1) / num_draws).sqrt()
 
 
-def _nested(chains: Float[Tensor, "quantities chains draws"], num_superchains: int) -> Float[Tensor, " quantities"]:
+def _nested(chains: _Chains, num_superchains: int) -> Float[Tensor, " quantities"]:
     """Compute nested R-hat of chains as they are; halves of chains leave at least 2 to a superchain."""
     grouped = chains.unflatten(1, (num_superchains, -1))
     means = grouped.mean(-1)
@@ -158,7 +204,7 @@ def _nested(chains: Float[Tensor, "quantities chains draws"], num_superchains: i
     return (1 + means.mean(-1).var(-1) / within).sqrt()
 
 
-def _ess(chains: Float[Tensor, "quantities chains draws"]) -> Float[Tensor, " quantities"]:
+def _ess(chains: _Chains) -> Float[Tensor, " quantities"]:
     """Compute the effective number of draws of chains as they are."""
     _, num_chains, num_draws = chains.shape
     total = num_chains * num_draws
@@ -186,7 +232,7 @@ def _autocorrelation_time(rho: Float[Tensor, "quantities lags"]) -> Float[Tensor
     return -1 + 2 * summed + last[:, 0].where(counts | last[:, 0].isnan(), 0.0) + 0 * rho[:, :2].sum(1)
 
 
-def _autocovariance(chains: Float[Tensor, "quantities chains draws"]) -> Float[Tensor, "quantities chains draws"]:
+def _autocovariance(chains: _Chains) -> _Chains:
     """Compute the autocovariance of each chain at every lag, divided by the number of draws, by FFT."""
     num_draws = chains.shape[-1]
     centred = chains - chains.mean(-1, keepdim=True)

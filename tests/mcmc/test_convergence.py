@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_aevb.errors import SettingError
 from pyro_aevb.mcmc import convergence
-from pyro_aevb.mcmc.convergence import bulk_ess, mean_ess, nested_r_hat, split_r_hat
+from pyro_aevb.mcmc.convergence import bulk_ess, diagnose, mean_ess, nested_r_hat, split_r_hat
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
@@ -110,6 +110,15 @@ def test_equals_arviz_on_many_vectors_at_once() -> None:
     columns = {str(index): draws[..., index] for index in range(draws.shape[-1])}
     for ours, oracle in ORACLES.values():
         np.testing.assert_allclose(ours(draws.reshape(4, 60, 10, 3, 3)).flatten().numpy(), loop(oracle, columns), 1e-6)
+
+
+def test_all_at_once_are_the_same_as_each() -> None:
+    draws = torch.stack([*quantities(4, 60).values()], -1)
+    each = (bulk_ess(draws), split_r_hat(draws), nested_r_hat(draws, 2))
+    for found, alone in zip(diagnose(draws, 2), each, strict=True):
+        torch.testing.assert_close(found, alone, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(SettingError, match="num_superchains=3 of 4 chains"):
+        diagnose(draws, 3)
 
 
 @pytest.mark.parametrize("name", ORACLES)
