@@ -21,6 +21,7 @@ from torch.distributions import (
 )
 from torch.distributions.constraints import Constraint
 
+from pyro_aevb._types import Values
 from pyro_aevb.errors import ModelError
 from pyro_aevb.program.structure import Site, Structure
 
@@ -137,7 +138,7 @@ class Layout:
         dim: D, coordinates of a row.
 
     Raises:
-        ModelError: If a latent has no bijection, lies on a sphere, or there is no local latent.
+        ModelError: If a latent has no bijection, or lies on a sphere.
     """
 
     def __init__(self, structure: Structure) -> None:
@@ -150,11 +151,6 @@ class Layout:
             self.slots[site.name] = slot
             start = slot.stop
         self.dim = start
-        if not start:
-            raise ModelError(
-                f"No latent lies inside the data plate {structure.data_plate!r}, so rows have nothing to integrate. Use "
-                f"data_plate=None to treat the whole model as one row."
-            )
 
     def part(self, u: Tensor, name: str) -> Tensor:
         """Return a site's coordinates in plates, ``[S, K, *plates, *event]``, out of u ``[S, K, rows, D]``."""
@@ -162,9 +158,9 @@ class Layout:
         part = u[..., slot.start : slot.stop].reshape(*u.shape[:-1], *slot.inner, *slot.event)
         return in_plates(part, slot.site, self.structure)
 
-    def join(self, parts: dict[str, Tensor]) -> Tensor:
-        """Return u ``[S, K, rows, D]`` of the sites' coordinates in plates."""
-        flat = []
+    def join(self, parts: Values, like: Tensor) -> Tensor:
+        """Return u ``[S, K, rows, D]`` of the sites' coordinates in plates; ``like`` has shape ``[S, K, rows]``."""
+        flat = [like.new_empty((*like.shape, 0))]
         for name, slot in self.slots.items():
             part = rows_first(parts[name], slot.site, self.structure, len(slot.event))
             flat.append(part.reshape(*part.shape[:3], slot.stop - slot.start))
@@ -174,8 +170,8 @@ class Layout:
 def _check_euclidean(site: Site) -> None:
     if site_kind(site) == "sphere":
         raise ModelError(
-            f"Latent site {site.name!r} ({site.family}) is a direction on a sphere, which no unconstrained coordinates cover one to "
-            f"one. Write it as an angle (VonMises), or as a normal vector that the model normalises.",
+            f"Latent site {site.name!r} ({site.family}) is a direction on a sphere, which no unconstrained coordinates cover one "
+            f"to one. Write it as an angle (VonMises), or as a normal vector that the model normalises.",
             site=site.name,
         )
 

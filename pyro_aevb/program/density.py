@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pyro_aevb._types import PyroProgram, Values
-from pyro_aevb.errors import ModelError, SettingError
-from pyro_aevb.program.settings import check_count
+from pyro_aevb.errors import SettingError
+from pyro_aevb.program.model_rows import ModelRows
+from pyro_aevb.program.settings import check_count, check_covariates
 from pyro_aevb.program.structure import Structure
 from pyro_aevb.randomness import seeded
 
@@ -39,11 +40,12 @@ class Density(NamedTuple):
         return total.masked_fill(is_empty, -math.inf)
 
 
+@runtime_checkable
 class Source(Protocol):
-    """What a :class:`LogDensity` evaluates: all rows of a whole batch, or a selection of them.
+    """What a :class:`LogDensity` evaluates: rows of a batch.
 
     Attributes:
-        num_rows: Rows of the whole batch.
+        num_rows: Number of rows.
         dim: D, unconstrained coordinates of a row.
         dtype: Floating type of the latents.
         device: Where they live.
@@ -51,24 +53,34 @@ class Source(Protocol):
         chunk_rows: A fixed number of rows that each run needs, else ``None``.
     """
 
-    num_rows: int
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def structure(self) -> Structure | None: ...
+
     dim: int
     dtype: torch.dtype
     device: torch.device
-    structure: Structure | None
     chunk_rows: int | None
 
-    def evaluate(self, u: Tensor, rows: Tensor, given: Values) -> tuple[Tensor, Tensor]:
-        """Return log prior and log likelihood of some rows."""
+    def evaluate(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log prior and log likelihood."""
 
-    def constrain(self, u: Tensor, rows: Tensor, given: Values) -> Values:
+    def constrain(self, u: Tensor) -> Values:
         """Carry u to the supports."""
 
-    def unconstrain(self, values: Values, rows: Tensor, given: Values) -> Tensor:
+    def unconstrain(self, values: Values) -> Tensor:
         """Undo :meth:`constrain`."""
 
-    def draw_prior(self, num_draws: int, seed: int | None, rows: Tensor, given: Values) -> Tensor:
-        """Draw ``[num_draws, rows, D]``, each row the same whatever the others."""
+    def draw_prior(self, num_draws: int, seed: int | None) -> Tensor:
+        """Draw from the prior, each row the same whatever the others."""
+
+    def select(self, index: slice | Tensor) -> "Source":
+        """Return some of these rows."""
+
+    def with_given(self, given: Values) -> "Source":
+        """Return the same rows under other values of the globals."""
 
 
 class LogDensity:
@@ -101,12 +113,13 @@ class LogDensity:
         given: Mapping[str, Tensor] | None = None,
         **covariates: Any,
     ) -> None:
-        raise ModelError("Densities of models are not read yet; use LogDensity.from_function.")
+        check_covariates(covariates, LogDensity.__init__)
+        self.source: Source = ModelRows.of(model, (batch, covariates), data_plate, dict(given or {}))
 
     @classmethod
-    def _of(cls, source: Source, rows: Tensor, given: Values) -> "LogDensity":
+    def _of(cls, source: Source) -> "LogDensity":
         density = cls.__new__(cls)
-        density._source, density._rows, density._given = source, rows, given
+        density.source = source
         return density
 
     @classmethod
@@ -145,42 +158,42 @@ class LogDensity:
         check_count("dim", dim)
         check_count("rows", rows)
         like = torch.empty(0, dtype=dtype, device=device)
-        source = _Functions(log_prior, log_likelihood, dim, rows, like, draw_prior)
-        return cls._of(source, torch.arange(rows), {})
+        functions = _Functions(log_prior, log_likelihood, draw_prior)
+        return cls._of(_FunctionRows(functions, torch.arange(rows), rows, dim, like))
 
     @property
     def num_rows(self) -> int:
         """Number of rows."""
-        return len(self._rows)
+        return self.source.num_rows
 
     @property
     def dim(self) -> int:
         """D, number of unconstrained coordinates of a row."""
-        return self._source.dim
+        return self.source.dim
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating type of the latents, and of u."""
-        return self._source.dtype
+        return self.source.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the latents live."""
-        return self._source.device
+        return self.source.device
 
     @property
     def structure(self) -> Structure | None:
         """The model's structure; ``None`` of plain functions."""
-        return self._source.structure
+        return self.source.structure
 
     @property
     def chunk_rows(self) -> int | None:
         """A fixed number of rows that each run needs, else ``None``."""
-        return self._source.chunk_rows
+        return self.source.chunk_rows
 
     def __call__(self, u: Float[Tensor, "*leading rows latent"]) -> Density:
         """Evaluate prior and likelihood in one run."""
-        return Density(*self._source.evaluate(u, self._rows, self._given))
+        return Density(*self.source.evaluate(u))
 
     def log_prior(self, u: Float[Tensor, "*leading rows latent"]) -> Float[Tensor, "*leading rows"]:
         """Return the latents' log density, with the Jacobian, in nats."""
@@ -196,59 +209,88 @@ class LogDensity:
 
     def constrain(self, u: Float[Tensor, "*leading rows latent"]) -> Values:
         """Carry u to the latents' supports: ``{site: [..., rows, inner plates, *event]}``."""
-        return self._source.constrain(u, self._rows, self._given)
+        return self.source.constrain(u)
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Float[Tensor, "*leading rows latent"]:
         """Undo :meth:`constrain`."""
-        return self._source.unconstrain(dict(values), self._rows, self._given)
+        return self.source.unconstrain(dict(values))
 
     def draw_prior(self, num_draws: int, *, seed: int | None = None) -> Float[Tensor, "draws rows latent"]:
         """Draw u from the prior; a row's draws under a seed are the same in whatever selection of rows it is."""
         check_count("num_draws", num_draws)
-        return self._source.draw_prior(num_draws, seed, self._rows, self._given)
+        return self.source.draw_prior(num_draws, seed)
 
     def rows(self, index: slice | Tensor) -> "LogDensity":
         """Select rows; what was read of the model is shared."""
-        return self._of(self._source, self._rows[index], self._given)
+        return self._of(self.source.select(index))
+
+    def given(self, values: Mapping[str, Tensor]) -> "LogDensity":
+        """Put other values of the globals, with any leading axes G: then u is ``[*G, ..., rows, D]``.
+
+        Raises:
+            ModelError: If a global is missing.
+            SettingError: If a value is not the model's, or has a wrong shape.
+        """
+        return self._of(self.source.with_given(dict(values)))
 
 
-class _Functions:
-    """Two plain functions of all rows."""
+class _Functions(NamedTuple):
+    """Two plain functions of all rows, and draws from the first."""
 
-    def __init__(
-        self,
-        log_prior: RowFunction,
-        log_likelihood: RowFunction,
-        dim: int,
-        rows: int,
-        like: Tensor,
-        draw: Callable[[int], Tensor] | None,
-    ) -> None:
-        self.log_prior, self.log_likelihood, self._draw = log_prior, log_likelihood, draw
-        self.num_rows, self.dim = rows, dim
+    log_prior: RowFunction
+    log_likelihood: RowFunction
+    draw: Callable[[int], Tensor] | None
+
+
+class _FunctionRows:
+    """Rows of two plain functions, a :class:`Source`."""
+
+    def __init__(self, functions: _Functions, rows: Tensor, total: int, dim: int, like: Tensor) -> None:
+        self.functions, self.rows, self.total, self.dim, self.like = functions, rows, total, dim, like
         self.dtype, self.device = like.dtype, like.device
         self.structure = None
-        self.chunk_rows = rows if rows > 1 else None
+        self.num_rows = len(rows)
+        self.chunk_rows = total if total > 1 else None
 
-    def evaluate(self, u: Tensor, rows: Tensor, given: Values) -> tuple[Tensor, Tensor]:
-        """Call both functions on all rows, the first standing in for rows that are not asked for."""
-        if len(rows) == self.num_rows:
-            return self.log_prior(u), self.log_likelihood(u)
-        places = torch.zeros(self.num_rows, dtype=torch.long).index_copy(0, rows, torch.arange(len(rows)))
-        whole = u[..., places, :]
-        return self.log_prior(whole)[..., rows], self.log_likelihood(whole)[..., rows]
+    def evaluate(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Call both functions on all rows, the first one asked for standing in for those that are not."""
+        if u.dim() < 2 or tuple(u.shape[-2:]) != (self.num_rows, self.dim):
+            raise SettingError(f"u must have shape [..., rows = {self.num_rows}, D = {self.dim}], got {list(u.shape)}.")
+        if torch.equal(self.rows, torch.arange(self.total)):
+            return self.functions.log_prior(u), self.functions.log_likelihood(u)
+        rows = self.rows.to(u.device)
+        places = torch.zeros(self.total, dtype=torch.long).index_copy(0, self.rows, torch.arange(self.num_rows))
+        whole = u[..., places.to(u.device), :]
+        return self.functions.log_prior(whole)[..., rows], self.functions.log_likelihood(whole)[..., rows]
 
-    def constrain(self, u: Tensor, rows: Tensor, given: Values) -> Values:
+    def constrain(self, u: Tensor) -> Values:
         """Return u, the only site."""
         return {"u": u}
 
-    def unconstrain(self, values: Values, rows: Tensor, given: Values) -> Tensor:
+    def unconstrain(self, values: Values) -> Tensor:
         """Return u, the only site."""
         return values["u"]
 
-    def draw_prior(self, num_draws: int, seed: int | None, rows: Tensor, given: Values) -> Tensor:
+    def draw_prior(self, num_draws: int, seed: int | None) -> Tensor:
         """Call the user's function."""
-        if self._draw is None:
+        if self.functions.draw is None:
             raise SettingError("This density has no draws from its prior: give from_function(draw_prior=...).")
         with seeded(seed):
-            return self._draw(num_draws)[:, rows]
+            return self.functions.draw(num_draws)[:, self.rows]
+
+    def select(self, index: slice | Tensor) -> "_FunctionRows":
+        """Return some of these rows.
+
+        Raises:
+            SettingError: If a row is asked for twice: the functions take each row once.
+        """
+        rows = self.rows[index]
+        if len(rows.unique()) < len(rows):
+            raise SettingError("A density of plain functions takes each of its rows once; a row was asked for twice.")
+        return _FunctionRows(self.functions, rows, self.total, self.dim, self.like)
+
+    def with_given(self, given: Values) -> "_FunctionRows":
+        """Return itself: functions have no globals."""
+        if given:
+            raise SettingError(f"A density of plain functions has no globals, got values of {sorted(given)}.")
+        return self

@@ -3,17 +3,17 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
+from pyro_aevb.program.agreement import check_separable
 from pyro_aevb.program.coordinates import Layout, rows_first
 from pyro_aevb.program.fixed_rank import Ranks, module_ranks
 from pyro_aevb.program.parameters import detaching, evaluating, preserved_param_store, preserved_state
@@ -85,7 +85,9 @@ class RowModel:
         self.layout = Layout(self.structure)
         with preserved_state(self.modules), torch.no_grad():
             records = run_program(model, self.structure, ParticleAxes(), args, kwargs)
-        values = [records[name].value for name in self.layout.slots]
+        check_separable("a row's log density", records, {})
+        local = [site.log_prob for site in records.values() if site.is_local]
+        values = [records[name].value for name in self.layout.slots] or local
         self.dtype = functools.reduce(torch.promote_types, (value.dtype for value in values))
         self.device = values[0].device
         self._dropped = [site.name for site in self.structure.select("imputed")]
@@ -116,7 +118,7 @@ class RowModel:
         def once(parts: Values, axes: ParticleAxes) -> Placed:
             reading = Reading(self.layout)
             records = self.run((reading,), args, kwargs, parts, axes)
-            return self._placed(records, self.layout.join(self._padded(reading.parts)), reading.log_jacobians)
+            return self._placed(records, self._joined(reading, records), reading.log_jacobians)
 
         first = next(iter(values.values()))
         return self._each(once, values | given, self.axes(first.shape[0], first.shape[1]))
@@ -128,13 +130,18 @@ class RowModel:
             reading = Reading(self.layout)
             globals_ = {name: parts[name] for name in given}
             records = self.run((reading,), args, kwargs, globals_, axes)
-            return self._placed(records, self.layout.join(self._padded(reading.parts)), reading.log_jacobians)
+            return self._placed(records, self._joined(reading, records), reading.log_jacobians)
 
         template = torch.empty(num_globals, num_draws)
         return self._each(once, {"": template, **given}, self.axes(num_globals, num_draws))
 
     def run(
-        self, handlers: tuple[Messenger, ...], args: Args, kwargs: Kwargs, values: Values, axes: ParticleAxes
+        self,
+        handlers: tuple[AbstractContextManager[Any], ...],
+        args: Args,
+        kwargs: Kwargs,
+        values: Values,
+        axes: ParticleAxes,
     ) -> Records:
         """Run the model once with values in plates, latents unmasked."""
         with ExitStack() as stack:
@@ -149,11 +156,14 @@ class RowModel:
         """Give a value in plates the rank that it has in the run."""
         return value.reshape(value.shape[value.dim() - self.structure.ranks[name] :]) if axes.is_single else value
 
-    def _padded(self, parts: Values) -> Values:
-        """Give coordinates in plates the axes [S, K] where the run had none."""
+    def _joined(self, reading: Reading, records: Records) -> Tensor:
+        """Return the coordinates that were read, with the axes [S, K] where the run had none."""
         slots, nesting = self.layout.slots, self.structure.max_plate_nesting
-        ranks = {name: 2 + nesting + len(slots[name].event) for name in parts}
-        return {name: part.reshape((1,) * (ranks[name] - part.dim()) + part.shape) for name, part in parts.items()}
+        ranks = {name: 2 + nesting + len(slots[name].event) for name in slots}
+        parts = {
+            name: part.reshape((1,) * (ranks[name] - part.dim()) + part.shape) for name, part in reading.parts.items()
+        }
+        return self.layout.join(parts, next(site.log_prob for site in records.values() if site.is_local))
 
     def _placed(self, records: Records, u: Tensor, jacobians: Values) -> Placed:
         structure, sites = self.structure, self.structure.sites
