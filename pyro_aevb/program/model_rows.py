@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from pyro_aevb.program.row_model import Placed, RowModel
 from pyro_aevb.program.rows import ReadRows, check_finite, read_rows
 from pyro_aevb.program.structure import Site, Structure
 
-__all__ = ["Given", "ModelRows", "given_globals", "rows_of_block"]
+__all__ = ["Given", "ModelRows", "Part", "given_globals"]
+
+T = TypeVar("T")
 
 _FEW = 4
 """Rows on which their independence is tried."""
@@ -169,7 +171,7 @@ class ModelRows:
             lambda part: self.model.place(_pick(flat, part.own), part.args, part.kwargs, self.given.values)
         )
 
-    def _each(self, run: Callable[[Part], Placed]) -> Placed:
+    def _each(self, run: Callable[[Part], T]) -> T:
         """Run part by part and join the rows."""
         found = [
             run(part) if part.taken is None else tree_map(lambda item, part=part: _pick(item, part.taken), run(part))
@@ -188,10 +190,22 @@ class ModelRows:
     def evaluate(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return log prior and log likelihood."""
         leading = self._leading(u)
-        prior, likelihood = self.sums(self.place(u))
+        prior, likelihood = self._sums(self.place(u))
         return prior.reshape(*leading, -1), likelihood.reshape(*leading, -1)
 
-    def sums(self, placed: Placed) -> tuple[Tensor, Tensor]:
+    def evaluate_with(self, u: Tensor, weigh: Callable[[Placed, Part], Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return what ``weigh`` makes of each run, ``[S, K, rows]``, and log prior and log likelihood of the same runs."""
+        leading = self._leading(u)
+        flat = u.reshape(*self.split_leading(leading), *u.shape[-2:])
+
+        def run(part: Part) -> tuple[Tensor, Tensor, Tensor]:
+            placed = self.model.place(_pick(flat, part.own), part.args, part.kwargs, self.given.values)
+            return weigh(placed, part), *self._sums(placed)
+
+        weight, prior, likelihood = (item.reshape(*leading, -1) for item in self._each(run))
+        return weight, (prior, likelihood)
+
+    def _sums(self, placed: Placed) -> tuple[Tensor, Tensor]:
         """Sum log prior, with the Jacobian, and log likelihood over sites."""
         latents = [density for name, density in placed.log_probs.items() if name in self.model.layout.slots]
         others = [density for name, density in placed.log_probs.items() if name not in self.model.layout.slots]
@@ -252,7 +266,7 @@ class ModelRows:
         size = self.block_rows(math.prod(counts))
 
         def draw(block: int) -> Tensor:
-            args, kwargs = self.data_of(rows_of_block(self, block, size))
+            args, kwargs = self.data_of(self.rows_of_block(block, size))
             return self.model.draw(counts[1], args, kwargs, self.given.values, counts[0]).u
 
         with torch.no_grad():
@@ -262,11 +276,10 @@ class ModelRows:
         """Return how many rows draw together."""
         return self.chunk_rows or min(self.total, max(1, BLOCK_DRAWS // num_draws))
 
-
-def rows_of_block(rows: ModelRows, block: int, size: int) -> Tensor:
-    """Return places of a block's rows in the whole batch; a model of a fixed number of rows has the last one repeated."""
-    every = torch.arange(block * size, (block + 1) * size)
-    return every[every < rows.total] if rows.chunk_rows is None else every.clamp(max=rows.total - 1)
+    def rows_of_block(self, block: int, size: int) -> Tensor:
+        """Return places of a block's rows in the whole batch; a model of a fixed number of rows has the last one repeated."""
+        every = torch.arange(block * size, (block + 1) * size)
+        return every[every < self.total] if self.chunk_rows is None else every.clamp(max=self.total - 1)
 
 
 def _pick(item: Tensor, places: Tensor | None) -> Tensor:
