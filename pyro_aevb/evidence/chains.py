@@ -1,0 +1,127 @@
+"""What bridge and reciprocal sampling share: posterior draws of each row, cut into two halves, and draws of a fitted density."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from pyro_aevb._types import PerRow
+from pyro_aevb.errors import SettingError
+from pyro_aevb.evidence.gaussian import RowGaussian
+from pyro_aevb.evidence.problem import Estimator, Problem
+from pyro_aevb.mcmc.convergence import mean_ess
+from pyro_aevb.mcmc.draws import PosteriorDraws
+from pyro_aevb.mcmc.noise import Stream
+from pyro_aevb.mcmc.posterior import sample_rows
+from pyro_aevb.program.density import Density, LogDensity
+from pyro_aevb.program.rows import CHUNK_DRAWS
+from pyro_aevb.program.settings import check_count
+
+__all__ = ["ChainEstimator", "Half", "effective_size", "evaluate", "halve", "propose"]
+
+_STORED_STEPS = 50
+"""Draws of a chain are stored, so that rows at once are bounded by them too: so many weigh as much as one evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainEstimator(Estimator):
+    """An estimator that starts from posterior draws of each row (:func:`~pyro_aevb.mcmc.posterior.hmc_posterior`).
+
+    Args:
+        num_chains: Chains of a row; even.
+        num_draws: Draws of each chain after the warm-up; even and at least 8, since one half fits and the other estimates.
+        warmup_steps: Transitions before that.
+        num_leapfrog: Most leapfrog steps of a transition.
+        target_accept_prob: Acceptance probability that step sizes are tuned to.
+
+    Raises:
+        SettingError: If a setting is out of range.
+    """
+
+    num_chains: int = 16
+    num_draws: int = 200
+    warmup_steps: int = 200
+    num_leapfrog: int = 10
+    target_accept_prob: float = 0.8
+
+    def __post_init__(self) -> None:
+        for name in ("num_chains", "num_draws", "warmup_steps", "num_leapfrog"):
+            check_count(name, getattr(self, name))
+        if self.num_chains % 2:
+            raise SettingError(
+                f"num_chains must be even: half of the chains start in each of two ways; got {self.num_chains}."
+            )
+        if self.num_draws < 8 or self.num_draws % 2:
+            raise SettingError(
+                "num_draws, those of one chain, must be even and at least 8: one half fits a density and the other half "
+                f"estimates; got {self.num_draws}."
+            )
+        if not 0 < self.target_accept_prob < 1:
+            raise SettingError(f"target_accept_prob must lie between 0 and 1; got {self.target_accept_prob!r}.")
+
+    @property
+    @override
+    def draws_per_row(self) -> int:
+        return max(self.num_chains, self.num_chains * self.num_draws // _STORED_STEPS)
+
+    def sample(self, problem: Problem, *, share: float) -> PosteriorDraws:
+        """Draw from each row's posterior.
+
+        Args:
+            problem: The rows.
+            share: Fraction of the estimator's work that this is.
+        """
+        return sample_rows(
+            problem.density,
+            problem.guide,
+            problem.noise,
+            num_chains=self.num_chains,
+            num_samples=self.num_draws,
+            warmup_steps=self.warmup_steps,
+            target_accept_prob=self.target_accept_prob,
+            num_leapfrog=self.num_leapfrog,
+            advance=lambda fraction: problem.advance(share * fraction),
+        )
+
+
+@dataclass(frozen=True)
+class Half:
+    """The first or the second half of every chain, in float64.
+
+    Attributes:
+        position: Draws in unconstrained space.
+        log_joint: log p(x, u) at each, in nats.
+    """
+
+    position: Float[Tensor, "chains draws rows latent"]
+    log_joint: Float[Tensor, "chains draws rows"]
+
+
+def halve(draws: PosteriorDraws) -> tuple[Half, Half]:
+    """Cut every chain in the middle of its time: halves of well mixed chains are nearly independent."""
+    middle = draws.num_samples // 2
+    position, log_joint = draws.unconstrained.double(), draws.log_joint.double()
+    return Half(position[:, :middle], log_joint[:, :middle]), Half(position[:, middle:], log_joint[:, middle:])
+
+
+def evaluate(density: LogDensity, u: Float[Tensor, "draws rows latent"]) -> Density:
+    """Return log prior and log likelihood in float64, in pieces that bound the memory; NaN is no density, as for the chains."""
+    pieces = u.to(density.dtype).split(max(1, CHUNK_DRAWS // density.num_rows))
+    parts = [density(piece) for piece in pieces]
+    terms = (torch.cat(entries).double() for entries in zip(*parts, strict=True))
+    return Density(*(term.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf) for term in terms))
+
+
+def propose(problem: Problem, density: RowGaussian, num_draws: int, *, step: int) -> Float[Tensor, "draws rows latent"]:
+    """Draw from a fitted density, each row by numbers of its own; rounded to what the model is evaluated at."""
+    noise = problem.noise.normal(Stream.PROPOSAL, step, num_draws, density.dim)
+    return density.transform(noise.double()).to(problem.density.dtype).double()
+
+
+def effective_size(values: Float[Tensor, "chains draws rows"]) -> PerRow:
+    """Return the effective number of draws for the mean of a quantity; all of them where it is constant."""
+    num_draws = values.shape[0] * values.shape[1]
+    return mean_ess(values).nan_to_num(nan=float(num_draws)).clamp(min=1.0)
