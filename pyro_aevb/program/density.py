@@ -45,19 +45,19 @@ class Source(Protocol):
     """What a :class:`LogDensity` evaluates: rows of a batch.
 
     Attributes:
-        num_rows: Number of rows.
         dim: D, unconstrained coordinates of a row.
         dtype: Floating type of the latents.
         device: Where they live.
-        structure: The model's structure; ``None`` of a plain function.
         chunk_rows: A fixed number of rows that each run needs, else ``None``.
     """
 
     @property
-    def num_rows(self) -> int: ...
+    def num_rows(self) -> int:
+        """Number of rows."""
 
     @property
-    def structure(self) -> Structure | None: ...
+    def structure(self) -> Structure | None:
+        """The model's structure; ``None`` of plain functions."""
 
     dim: int
     dtype: torch.dtype
@@ -89,8 +89,11 @@ class LogDensity:
     .. math:: \log p(x_n, u_n | g) = \log p(z_n | g) + \log |\partial z_n / \partial u_n| + \log p(x_n | z_n, g),
               \quad z_n = T(u_n)
 
-    T is torch's bijection onto the supports, site by site in the model's order. u is ``[*G, ..., rows, D]``: G are leading axes of
-    the given globals, then any axes (chains, temperatures), which are evaluated at once.
+    T is torch's bijection onto the supports, site by site in the model's order; angles (``VonMises``) lie in (-pi, pi). u is
+    ``[*G, ..., rows, D]``: G are leading axes of the given globals, then any axes (chains, temperatures), which are evaluated at
+    once. A masked latent keeps its prior, so that the density is proper; what is masked of the data does not count. Modules run
+    in eval mode and their parameters are constants: gradients are with respect to u alone. Several evaluations cost several runs
+    of the model, so that who wants prior and likelihood calls the density once.
 
     Args:
         model: The model.
@@ -103,6 +106,16 @@ class LogDensity:
         ModelError: If the model is not supported, rows are not independent, or a global is not given.
         DataError: If data hold NaN, or lie outside the likelihood's support.
         SettingError: If a value is given that is not the model's.
+
+    Example:
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        ...         pyro.sample("x", dist.Poisson(rate), obs=x)
+        >>> density = LogDensity(model, torch.tensor([0.0, 3.0]))
+        >>> u = torch.zeros(5, 2, density.dim)  # 5 chains of 2 rows
+        >>> density(u).log_joint.shape, density.constrain(u)["rate"].shape
+        (torch.Size([5, 2]), torch.Size([5, 2]))
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
-from pyro_aevb.errors import SettingError
+from pyro_aevb.errors import ModelError, SettingError
 from pyro_aevb.program.batch import batch_rows, take_rows
 from pyro_aevb.program.blocks import BLOCK_DRAWS, draw_in_blocks
 from pyro_aevb.program.coordinates import in_plates, inner_sizes
@@ -83,7 +84,7 @@ class ModelRows:
             return RowModel(model, args, kwargs, data_plate)
 
         with evaluating(model), torch.no_grad():
-            found = read_rows(model, *batch, data_plate, read)
+            found = _with_any_rows(read_rows(model, *batch, data_plate, read), batch)
             structure = found.program.structure
             globals_ = given_globals(structure, given)
             check_finite(model, None, structure, *batch, rows_per_run=_CHECKED_ROWS)
@@ -280,6 +281,25 @@ class ModelRows:
         """Return places of a block's rows in the whole batch; a model of a fixed number of rows has the last one repeated."""
         every = torch.arange(block * size, (block + 1) * size)
         return every[every < self.total] if self.chunk_rows is None else every.clamp(max=self.total - 1)
+
+
+def _with_any_rows(read: ReadRows[RowModel], batch: tuple[Args, Kwargs]) -> ReadRows[RowModel]:
+    """Tell a model whose rows follow its arguments from one that has rows of its own.
+
+    Raises:
+        ModelError: If the plate's rows are neither those of the batch nor all that there are.
+    """
+    structure, offered = read.program.structure, batch_rows(*batch)
+    if structure.data_plate is None or read.needs_all or read.drawn is not None:
+        return read
+    if offered is None or structure.rows == offered > 2:
+        return replace(read, needs_all=True)
+    if structure.rows != min(2, offered):
+        raise ModelError(
+            f"The data plate {structure.data_plate!r} has {structure.rows} indices in a run on {min(2, offered)} rows of the batch. "
+            f"Size it by the data, pyro.plate({structure.data_plate!r}, len(x)), rows on axis 0 of every tensor."
+        )
+    return read
 
 
 def _pick(item: Tensor, places: Tensor | None) -> Tensor:
