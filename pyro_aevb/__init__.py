@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pyro_aevb.distributions.triangular import Triangular
     from pyro_aevb.distributions.uniform import Uniform
     from pyro_aevb.distributions.wrapped_normal import WrappedNormal
-    from pyro_aevb.evidence.importance import log_marginal
+    from pyro_aevb.evidence.marginal import log_marginal
     from pyro_aevb.evidence.result import LogMarginal
     from pyro_aevb.guides.encoders import ConvEncoder, MLPEncoder, SequenceEncoder, SetEncoder
     from pyro_aevb.guides.flow import AutoAmortizedFlow
@@ -92,7 +92,7 @@ _HOMES = {
     "embed": "prediction",
     "fit": "training.loop",
     "impute": "imputation.impute",
-    "log_marginal": "evidence.importance",
+    "log_marginal": "evidence.marginal",
     "posterior": "prediction",
     "predict": "prediction",
     "reconstruct": "prediction",

@@ -1,6 +1,7 @@
 """The wrapper that a user meets: a model, a guide and an objective that belong together."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_aevb._types import PyroProgram, Values
 from pyro_aevb.errors import FileError, SettingError
-from pyro_aevb.evidence.importance import log_marginal
+from pyro_aevb.evidence.marginal import find_method, log_marginal
 from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.guides.base import AmortizedGuide
 from pyro_aevb.guides.normal import AutoAmortizedNormal
@@ -217,8 +218,15 @@ class AEVB:
         return self._call(impute, batch, settings, observed=observed, num_samples=num_samples)
 
     def log_marginal(self, *batch: Any, method: str = "importance", **settings: Any) -> LogMarginal:
-        """Estimate log p(x) of each row with a standard error: :func:`pyro_aevb.log_marginal`."""
-        return self._call(log_marginal, batch, settings, method=method)
+        """Estimate log p(x) of each row with a standard error: :func:`pyro_aevb.log_marginal`.
+
+        Args:
+            *batch: Rows to weigh.
+            method: Name of the estimator.
+            **settings: Of :func:`pyro_aevb.log_marginal` and of the estimator, and the batch's keyword arguments.
+        """
+        own = [setting.name for setting in fields(find_method(method))]
+        return self._call(log_marginal, batch, settings, also=own, method=method)
 
     def simulate(
         self, *template: Any, num_rows: int | None = None, seed: int | None = None, **covariates: Any
@@ -338,11 +346,19 @@ class AEVB:
             self._batch_shapes = describe(rows)
         return self._module.program.running()
 
-    def _call(self, function: Any, batch: tuple[Any, ...], settings: dict[str, Any], **fixed: Any) -> Any:
-        """Call a public function with this wrapper's model, guide, parameters and data plate."""
+    def _call(
+        self,
+        function: Any,
+        batch: tuple[Any, ...],
+        settings: dict[str, Any],
+        *,
+        also: Collection[str] = (),
+        **fixed: Any,
+    ) -> Any:
+        """Call a public function, which passes on settings called ``also``, with this wrapper's own parts and parameters."""
         covariates = {name: item for name, item in settings.items() if isinstance(item, (Tensor, np.ndarray))}
         options = {name: item for name, item in settings.items() if name not in covariates}
-        check_settings(options, function)
+        check_settings(options, function, also=also)
         rows = self._rows(batch, covariates)
         with self._running(rows):
             return function(

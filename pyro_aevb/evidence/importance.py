@@ -1,124 +1,128 @@
-"""log p(x) of each row by importance sampling from the guide."""
+"""log p(x) of each row by importance sampling."""
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from pyro_aevb._types import Args, Kwargs, PyroProgram
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pyro_aevb._types import Args, Kwargs
 from pyro_aevb.errors import SettingError
-from pyro_aevb.evidence.averages import from_log_weights
+from pyro_aevb.evidence.averages import from_log_weights, joint_evidence
+from pyro_aevb.evidence.gaussian import fit_gaussian
+from pyro_aevb.evidence.problem import Estimator, Problem
 from pyro_aevb.evidence.result import LogMarginal, concatenate
+from pyro_aevb.evidence.rules import rate
+from pyro_aevb.mcmc.noise import Stream
+from pyro_aevb.mcmc.posterior import sample_rows
 from pyro_aevb.program.agreement import check_separable
-from pyro_aevb.program.rows import Rows, inferring
-from pyro_aevb.program.settings import check_count, check_covariates
+from pyro_aevb.program.rows import Rows
+from pyro_aevb.program.settings import check_count
+from pyro_aevb.weights import log_mean_exp
 
-__all__ = ["log_marginal"]
+__all__ = ["GuideWeights", "Importance"]
 
-METHODS = ("importance",)
+_BLOCK = 50
+"""Draws of a fitted proposal that are weighed at once: many rows run their chains together."""
 
 
-def log_marginal(
-    model: PyroProgram,
-    guide: PyroProgram,
-    *batch: Any,
-    method: str = "importance",
-    num_samples: int = 5000,
-    num_global_samples: int = 1,
-    chunk_size: int | None = None,
-    data_plate: str | None = "auto",
-    seed: int | None = None,
-    progress: bool = True,
-    **covariates: Any,
-) -> LogMarginal:
-    r"""Estimate log p(x) of each row, in nats, with a standard error.
-
-    Method ``"importance"``: with K draws from the guide,
+@dataclass(frozen=True, kw_only=True)
+class Importance(Estimator):
+    r"""Importance sampling with K draws of a proposal q.
 
     .. math:: \widehat{\log p}(x_n) = \log \frac1K \sum_k \frac{p(x_n, z_k)}{q(z_k | x_n)}, \quad z_k \sim q(z | x_n)
 
-    (Burda et al. 2015, arXiv 1509.00519, Eq 8; Rezende et al. 2014, arXiv 1401.4082, App. E). The average of weights is unbiased
-    for p(x), so its logarithm is a stochastic lower bound on log p(x). With globals g it is
-    :math:`\log \frac1S \sum_s p(x_n | g_s), g_s \sim q(g)`: the log predictive density under q(g), not evidence. All rows share
-    these S draws; with S = 1 the standard error is that of :math:`\log p(x_n | g_1)` and says nothing about g. With
-    ``data_plate=None`` the whole model is one row, and the result is the joint log evidence.
-
-    No gradient. Cost: S * K evaluations of model and guide per row. Modules run in eval mode.
+    (Burda et al. 2015, arXiv 1509.00519, Eq 8; Rezende et al. 2014, arXiv 1401.4082, App. E). The mean weight is unbiased for
+    p(x), so its logarithm is a stochastic lower bound on log p(x). Costs K evaluations of model and proposal a row, and the
+    chains' gradients where the proposal is fitted. No gradient of the result.
 
     Args:
-        model: The model.
-        guide: The guide, trained.
-        *batch: Rows to weigh, as positional arguments of the model.
-        method: ``"importance"``.
-        num_samples: K, draws per row (and per global draw).
-        num_global_samples: S, draws of the globals.
-        chunk_size: Rows weighed at once; by default so many that some 50,000 draws are in memory. A model that draws its own
-            rows runs as many as it draws, the last chunk padded.
-        data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None``.
-        seed: Seed of the draws; the generators are left as they were. A seed reproduces a result under the same
-            ``chunk_size`` (and ``num_samples``, which chooses it by default); under another one the draws differ.
-        progress: Whether to show a progress bar.
-        **covariates: The batch's keyword arguments.
-
-    Returns:
-        One entry a row: value, standard error, ESS, Pareto k-hat and status. Rows with k-hat above 0.7 have no standard error
-        and are told in one warning.
+        num_samples: K, draws a row.
+        proposal: ``"guide"``, or ``"fitted"``: a Gaussian in unconstrained coordinates, fitted to posterior draws by
+            Hamiltonian Monte Carlo. The fit is as good as the chains: it knows nothing of a mode that none visited.
 
     Raises:
-        SettingError: If the method is unknown, a number of samples below 1 or a keyword unknown.
-        DataError: If there are no rows, or NaN reaches a density.
-        GuideError: If the rows' draws can't be told apart.
-        ModelError: If a scale would enter the weights.
-
-    Example:
-        >>> from pyro_aevb import log_marginal
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.8))
-        >>> result = log_marginal(model, guide, torch.tensor([0.0, 1.0]), seed=0, progress=False)
-        >>> exact = dist.Normal(0.0, 2**0.5).log_prob(torch.tensor([0.0, 1.0])).double()
-        >>> bool(((result.value - exact).abs() < 4 * result.standard_error).all())
-        True
+        SettingError: If ``num_samples`` is no integer of at least 1, or the proposal is unknown.
     """
-    if method not in METHODS:
-        raise SettingError(f"Unknown method {method!r}; known are {', '.join(map(repr, METHODS))}.")
-    check_count("num_samples", num_samples)
-    check_count("num_global_samples", num_global_samples)
-    check_count("chunk_size", chunk_size, is_optional=True)
-    check_covariates(covariates, log_marginal)
-    with inferring(seed, model, guide):
-        rows = Rows(model, guide, batch, covariates, data_plate)
-        result = _Importance(rows, num_global_samples, num_samples).run(chunk_size, progress=progress)
-    result.warn_if_unreliable()
-    return result
+
+    method: ClassVar[str] = "importance"
+
+    num_samples: int = 5000
+    proposal: str = "guide"
+
+    def __post_init__(self) -> None:
+        check_count("num_samples", self.num_samples)
+        if self.proposal not in ("guide", "fitted"):
+            raise SettingError(f"proposal must be 'guide' or 'fitted', got {self.proposal!r}.")
+
+    @property
+    @override
+    def draws_per_row(self) -> int:
+        return self.num_samples if self.proposal == "guide" else min(self.num_samples, _BLOCK)
+
+    @override
+    def estimate(self, problem: Problem) -> LogMarginal:
+        if self.proposal == "guide":
+            u, log_q = problem.require_guide(self.method).draw(self.num_samples, seed=problem.noise.seed)
+            return from_log_weights((problem.density.log_joint(u).double() - log_q)[None])
+        return self._weigh_fitted(problem)
+
+    def _weigh_fitted(self, problem: Problem) -> LogMarginal:
+        """Draw from the posterior, fit a Gaussian, and weigh draws from that."""
+        density, noise = problem.density, problem.noise
+        draws = sample_rows(density, problem.guide, noise, advance=problem.advance)
+        q = fit_gaussian(draws.unconstrained.flatten(0, 1))
+        log_weights = []
+        for block in noise.normal(Stream.PROPOSAL, 0, self.num_samples, density.dim).split(_BLOCK):
+            u = q.transform(block.double())
+            log_weights.append(density.log_joint(u.to(density.dtype)).double() - q.log_density(u))
+        result = from_log_weights(torch.cat(log_weights)[None])
+        status = rate(result.standard_error, k_hat=result.k_hat, r_hat=draws.nested_r_hat)
+        return replace(result, r_hat=draws.nested_r_hat, num_divergent=draws.num_divergent.double(), status=status)
 
 
-class _Importance:
-    """Importance weights of all rows, chunk by chunk."""
+class GuideWeights:
+    """Weights of a guide's own draws, chunk by chunk: model and guide run on sites, and need no coordinates.
+
+    Args:
+        rows: The rows, with model and guide.
+        num_particles: Draws of the globals.
+        num_samples: Draws of the rows' latents given each.
+    """
 
     def __init__(self, rows: Rows, num_particles: int, num_samples: int) -> None:
         self.rows = rows
         structure = rows.structure
-        has_globals = structure.has_globals and structure.data_plate is not None
+        self.has_globals = structure.has_globals and structure.data_plate is not None
         # without globals another particle is another importance sample
         self.num_particles, self.num_samples = (
-            (num_particles, num_samples) if has_globals else (1, num_particles * num_samples)
+            (num_particles, num_samples) if self.has_globals else (1, num_particles * num_samples)
         )
-        self.label = "log p(x)" if structure.data_plate is not None else "joint log evidence"
-        if has_globals:
-            self.label = "log predictive under " + ("q(globals)" if num_particles > 1 else "one draw from q(globals)")
+        self._log_global: list[Tensor] = []
+        self._values: list[Tensor] = []
 
-    def run(self, chunk_size: int | None, *, progress: bool) -> LogMarginal:
-        """Weigh every chunk and join the results."""
+    def run(self, label: str, chunk_size: int | None, *, progress: bool) -> LogMarginal:
+        """Weigh every chunk, join the results and, with globals, weigh all rows together."""
         draws = self.num_particles * self.num_samples
-        return concatenate([self._weigh(*chunk) for chunk in self.rows.chunks(chunk_size, draws, progress=progress)])
+        chunks = self.rows.chunks(chunk_size, draws, progress=progress)
+        result = concatenate([self._weigh(*chunk, label) for chunk in chunks])
+        if not self.has_globals:
+            return result
+        values = torch.cat(self._values, 1)
+        # every chunk keeps the globals that the guide drew with the first one
+        joint = joint_evidence(self._log_global[0], values, result.standard_error, is_unbiased=True)
+        return replace(result, joint=joint)
 
-    def _weigh(self, args: Args, kwargs: Kwargs, count: int) -> LogMarginal:
+    def _weigh(self, args: Args, kwargs: Kwargs, count: int, label: str) -> LogMarginal:
         program = self.rows.program
         axes = program.axes(self.num_particles, self.num_samples)
         guide = self.rows.sample_guide(args, kwargs, axes)
         model = program.score_model(args, kwargs, axes, {name: site.value for name, site in guide.items()})
         check_separable("evidence", model | guide, program.guide_sites)
         weights = program.terms(model, guide, axes).log_weights()
-        return from_log_weights(weights.local[..., :count], label=self.label)
+        local = weights.local[..., :count]
+        if self.has_globals:
+            self._log_global.append(weights.global_)
+            self._values.append(log_mean_exp(local.double(), 1))
+        return from_log_weights(local, label=label)

@@ -14,9 +14,11 @@ from pyro_aevb.errors import SettingError
 from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.mcmc.noise import RowNoise
 from pyro_aevb.program.density import LogDensity
+from pyro_aevb.program.proposal import GuideDensity
 
-__all__ = ["Estimator", "Problem"]
+__all__ = ["Estimator", "Problem", "require_guide"]
 
+G = TypeVar("G")
 AnEstimator = TypeVar("AnEstimator", bound="Estimator")
 
 
@@ -36,24 +38,20 @@ class Problem:
     """
 
     density: LogDensity
-    guide: Any
+    guide: GuideDensity | None
     noise: RowNoise
     advance: Callable[[float], None] = field(default=_stand_still)
 
-    def require_guide(self, method: str) -> Any:
+    def require_guide(self, method: str) -> GuideDensity:
         """Return the guide.
 
         Raises:
             SettingError: If there is none.
         """
-        if self.guide is None:
-            raise SettingError(
-                f"{method} draws from a guide, and guide=None was given. Give the trained guide, or use a method that does without "
-                "one: 'ais' from the prior, 'bridge', 'reciprocal' or 'quadrature'."
-            )
-        return self.guide
+        return require_guide(self.guide, method)
 
 
+@dataclass(frozen=True)
 class Estimator(ABC):
     """A way to estimate log p(x) of rows; a subclass is a frozen dataclass of its settings, checked when it is made.
 
@@ -75,10 +73,19 @@ class Estimator(ABC):
         Raises:
             SettingError: If there is no such set.
         """
+        return cls(**{**cls.find_preset(name), **settings})
+
+    @classmethod
+    def find_preset(cls, name: str) -> Mapping[str, Any]:
+        """Return a named set of settings.
+
+        Raises:
+            SettingError: If there is no such set.
+        """
         if name not in cls.presets:
             known = f"known are {', '.join(map(repr, cls.presets))}" if cls.presets else "it has none"
             raise SettingError(f"Method {cls.method!r} has no preset {name!r}; {known}.")
-        return cls(**{**cls.presets[name], **settings})
+        return cls.presets[name]
 
     @property
     @abstractmethod
@@ -98,3 +105,17 @@ class Estimator(ABC):
         Raises:
             SettingError: If the problem lacks what the method needs.
         """
+
+
+def require_guide(guide: G | None, method: str) -> G:
+    """Return the guide that a method draws from.
+
+    Raises:
+        SettingError: If there is none.
+    """
+    if guide is None:
+        raise SettingError(
+            f"Method {method!r} draws from a guide here, and guide=None was given. Give the trained guide, or use a method that "
+            "does without: 'ais' from the prior, 'bridge', 'reciprocal' or 'quadrature'."
+        )
+    return guide

@@ -11,17 +11,29 @@ from torch import Tensor
 
 from pyro_aevb.errors import SettingError
 
-__all__ = ["check_count", "check_covariates", "check_settings"]
+__all__ = ["NOTE", "check_count", "check_covariates", "check_settings"]
 
 
-def check_settings(names: Iterable[str], function: Callable[..., Any], note: str = "") -> None:
+NOTE = " The model's own keyword arguments are tensors or numpy arrays; bind constants with functools.partial."
+"""Said of an unknown setting where the model's keyword arguments are taken too."""
+
+
+def check_settings(
+    names: Iterable[str], function: Callable[..., Any], note: str = "", *, also: Iterable[str] = ()
+) -> None:
     """Refuse settings that a function does not have, and offer the nearest of those it has.
+
+    Args:
+        names: The settings that were given.
+        function: What they were given to.
+        note: Added to the message.
+        also: Settings that the function passes on.
 
     Raises:
         SettingError: If a name is not among the function's keyword-only arguments.
     """
     parameters = inspect.signature(function).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY] + [*also]
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1)
@@ -32,8 +44,7 @@ def check_settings(names: Iterable[str], function: Callable[..., Any], note: str
 def check_covariates(covariates: Mapping[str, Any], function: Callable[..., Any]) -> None:
     """Refuse keyword arguments that are no data: misspelt settings would else reach the model."""
     settings = [name for name, item in covariates.items() if not isinstance(item, (Tensor, np.ndarray))]
-    note = " The model's own keyword arguments are tensors or numpy arrays; bind constants with functools.partial."
-    check_settings(settings, function, note)
+    check_settings(settings, function, NOTE)
 
 
 def check_count(name: str, count: Any, *, is_optional: bool = False) -> None:
