@@ -132,8 +132,7 @@ class RowNoise:
 
     def uniform(self, stream: int, step: int, num_chains: int) -> Float[Tensor, "chains rows"]:
         """Draw from the open interval between 0 and 1."""
-        draw = self._uniforms(stream, step, num_chains, 1)[0][..., 0].to(self.dtype)
-        return draw.clamp(max=1 - torch.finfo(self.dtype).eps / 2)  # what float32 rounds to 1
+        return _below_one(self._uniforms(stream, step, num_chains, 1)[0][..., 0], self.dtype)
 
     def shared_uniform(self, stream: int, step: int) -> float:
         """Draw one number in (0, 1) that all rows share."""
@@ -147,7 +146,13 @@ class RowNoise:
         return _to_uniform(words[0], words[1]), _to_uniform(words[2], words[3])
 
 
-def _to_uniform(high: Any, low: Any) -> Any:
-    """Return the middle of one of 2^52 equal parts of (0, 1), as 64-bit float: neither 0 nor 1."""
+def _to_uniform(high: Word, low: Word) -> Any:
+    """Return the middle of one of 2^52 equal parts of (0, 1), in float64: neither 0 nor 1."""
     bits = (high << 20) | (low >> 12)
-    return (bits + 0.5) * 2.0**-52
+    exact = bits.double() if isinstance(bits, Tensor) else bits  # an integer tensor and a float make the default type
+    return (exact + 0.5) * 2.0**-52
+
+
+def _below_one(uniform: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to a type, but not to 1."""
+    return uniform.to(dtype).clamp(max=1 - torch.finfo(dtype).eps / 2)
