@@ -36,6 +36,8 @@ _ADVICE = {
     "quadrature": "The grid did not settle there: allow more points, or use method='bridge' or 'ais'.",
 }
 """What to do about unreliable rows, by method."""
+_UNITS = {"ais": "chains", "bridge": "posterior draws", "reciprocal": "posterior draws", "quadrature": "nodes at most"}
+"""What ``num_samples`` counts, by method."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -192,7 +194,7 @@ class LogMarginal:
 
     def _title(self) -> str:
         """Name the quantity, the method and the direction of the bound."""
-        num_samples = f"{self.num_samples} samples"
+        num_samples = f"{self.num_samples} {_UNITS.get(self.method, 'samples')}"
         if self.num_global_samples > 1:
             num_samples += f" for each of {self.num_global_samples} draws of the globals"
         return (
