@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
@@ -16,10 +15,11 @@ from torch import Tensor
 from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
 from pyro_aevb.errors import SettingError
 from pyro_aevb.program.batch import batch_rows, take_rows
-from pyro_aevb.program.particles import ParticleAxes, SiteRecord, as_draws, run_program
+from pyro_aevb.program.particles import ParticleAxes, SiteRecord, as_draws
 from pyro_aevb.program.quantiles import AtQuantile
 from pyro_aevb.program.rows import Rows, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
+from pyro_aevb.program.simulation import simulate_rows
 from pyro_aevb.program.structure import read_structure
 
 __all__ = ["embed", "posterior", "predict", "reconstruct", "simulate"]
@@ -163,11 +163,7 @@ def simulate(
         template, covariates = take_rows(template, covariates, torch.arange(num_rows) % rows)
     with inferring(seed, model):
         structure = read_structure(model, template, covariates, data_plate=data_plate)
-        run = poutine.uncondition(model)
-        records = run_program(run, structure, ParticleAxes(), template, covariates)
-    kinds = ("latent", "observed")
-    chosen = [site for name, site in records.items() if structure.sites[name].kind in kinds]
-    return _without_draws({site.name: as_draws(site, structure) for site in chosen})
+        return simulate_rows(model, structure, template, covariates)
 
 
 def _without_draws(draws: Values) -> Values:

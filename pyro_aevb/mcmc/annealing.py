@@ -44,12 +44,12 @@ _PILOT_SHARE = 0.5
 _FEWEST_PILOT_STEPS, _MOST_PILOT_STEPS = 60, 300
 """The pilot takes a step for every other temperature, but so many at least and at most."""
 _WARM_UP_STEPS = 10
-_GAIN = 0.3
+_GAIN = 0.2
 """Change of a log step size for each unit that acceptance is off its target."""
-_SLOPE = 0.3
+_SLOPE = 0.5
 """Change of a log step size for each unit that acceptance lagged behind its target in the pilot. Acceptance falls by 1 to 2 for
-each unit of log step size; less than half of the lag is mended, since smoothing the noise away raises acceptance too."""
-_SMOOTHING = 6.0
+each unit of log step size; half of the lag is mended, since smoothing the noise away raises acceptance too."""
+_SMOOTHING = 10.0
 """Width, in steps of the pilot, of the normal kernel that smooths step sizes along temperatures."""
 _SPREAD = 0.2
 _GOLDEN = (math.sqrt(5) - 1) / 2

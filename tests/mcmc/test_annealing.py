@@ -146,7 +146,7 @@ def test_end_states_with_their_weights_are_draws_from_the_end():
 
 def test_simulated_rows_are_estimated_within_their_errors():
     path, exact, latents = linear_gaussian(100)
-    noise = noise_of(100)
+    noise = noise_of(100, seed=1)
     steps, result = run(path, noise, chains=16, dim=3, temperatures=200, rows=100)
     value = log_mean_exp(result.log_weights)
     weights = (result.log_weights - value).exp()
