@@ -228,7 +228,7 @@ class LogDensity:
         """Undo :meth:`constrain`."""
         return self.source.unconstrain(dict(values))
 
-    def draw_prior(self, num_draws: int, *, seed: int | None = None) -> Float[Tensor, "draws rows latent"]:
+    def draw_prior(self, num_draws: int, *, seed: int | None = None) -> Float[Tensor, "*globals draws rows latent"]:
         """Draw u from the prior; a row's draws under a seed are the same in whatever selection of rows it is."""
         check_count("num_draws", num_draws)
         return self.source.draw_prior(num_draws, seed)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
+import pyro
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -83,7 +84,7 @@ class ModelRows:
         def read(args: Args, kwargs: Kwargs, data_plate: str | None) -> RowModel:
             return RowModel(model, args, kwargs, data_plate)
 
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad(), pyro.validation_enabled(False):
             found = _with_any_rows(read_rows(model, *batch, data_plate, read), batch)
             structure = found.program.structure
             globals_ = given_globals(structure, given)
@@ -154,7 +155,7 @@ class ModelRows:
         if self.structure.data_plate is None or not len(rows):
             return self.batch
         first, last = int(rows[0]), int(rows[-1])
-        if torch.equal(rows, torch.arange(first, last + 1)):
+        if last - first + 1 == len(rows) and torch.equal(rows, torch.arange(first, last + 1)):
             is_whole = len(rows) == self.total
             return self.batch if is_whole else take_rows(*self.batch, slice(first, last + 1))
         return take_rows(*self.batch, rows)

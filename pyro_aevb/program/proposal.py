@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+import pyro
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -63,7 +64,7 @@ class GuideDensity:
         def read(args: Args, kwargs: Kwargs, data_plate: str | None) -> ImportanceProgram:
             return ImportanceProgram(model, guide, args, kwargs, data_plate=data_plate)
 
-        with evaluating(model, guide), torch.no_grad():
+        with evaluating(model, guide), torch.no_grad(), pyro.validation_enabled(False):
             found = read_rows(model, *rows.batch, rows.structure.data_plate, read)
         self._program = found.program
         _check_sites(self._program)

@@ -173,7 +173,8 @@ def _read_few(
         return take_rows(args, kwargs, slice(0, count))
 
     try:
-        program = read(*first(2), data_plate)
+        with explained("program", *first(2)):
+            program = read(*first(2), data_plate)
         # two rows do not tell a model that draws two rows from one that takes any number
         structure = read_structure(model, *first(3), data_plate=program.structure.data_plate)
     except ModelError as error:
