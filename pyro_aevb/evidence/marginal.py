@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_aevb._types import PyroProgram
 from pyro_aevb.errors import SettingError
+from pyro_aevb.evidence.ais import AIS
 from pyro_aevb.evidence.bridge import Bridge
 from pyro_aevb.evidence.importance import GuideWeights, Importance
 from pyro_aevb.evidence.problem import Estimator, require_guide
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Estimator]] = {
     estimator.method: estimator
     for estimator in (
         Importance,
+        AIS,
         Bridge,
         Reciprocal,
         Quadrature,
