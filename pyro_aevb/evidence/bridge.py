@@ -16,19 +16,18 @@ from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
 from pyro_aevb._types import PerRow
-from pyro_aevb.evidence.chains import ChainEstimator, Half, effective_size, evaluate, halve, propose
+from pyro_aevb.evidence.chains import ChainEstimator, Half, check_with_prior, effective_size, evaluate, halve, propose
 from pyro_aevb.evidence.gaussian import fit_gaussian
 from pyro_aevb.evidence.problem import Problem
 from pyro_aevb.evidence.result import Bound, LogMarginal
 from pyro_aevb.evidence.rules import rate
-from pyro_aevb.weights import log_mean_exp
 
 __all__ = ["Bridge", "BridgeRoot", "bridge_error", "find_bridge"]
 
 _TOLERANCE = 1e-10
 _MAX_STEPS = 200
-_SHARE_OF_CHAINS = 0.9
-"""Chains take most of the time."""
+_SHARE_OF_CHAINS = 0.9  # of the time, for the progress bar
+_SHARE_OF_CHECK = 0.04
 
 
 class BridgeRoot(NamedTuple):
@@ -163,9 +162,11 @@ class Bridge(ChainEstimator):
     halves are swapped; the value is the mean of the two. An estimate of log p(x): consistent, biased to neither side by more than
     the order of its squared error, whatever the posterior's shape. The further that is from a Gaussian, the larger the
     error, and the standard error knows (:func:`bridge_error`). What it cannot know is a mode that no chain visited: then the value
-    is that of the modes seen, and only R-hat between the chains' two kinds of start can tell.
+    is that of the modes seen. R-hat between the chains' two kinds of start may tell, and a check does:
+    ``lower`` is importance sampling from a mixture of the fitted density and the prior
+    (:func:`~pyro_aevb.evidence.chains.check_with_prior`), and where it contradicts the value the row is unreliable.
 
-    ``lower`` is importance sampling from the same fitted densities. Cost: the chains' gradients, and as many densities as draws.
+    Cost: the chains' gradients, and twice as many densities as draws.
     No gradient. Settings are those of :class:`~pyro_aevb.evidence.chains.ChainEstimator`.
     """
 
@@ -179,14 +180,22 @@ class Bridge(ChainEstimator):
         roots = [part.root for part in parts]
         value = (roots[0].value + roots[1].value) / 2
         standard_error = bridge_error(roots, [part.effective_size for part in parts])
+        check = check_with_prior(
+            problem, fit_gaussian(draws.unconstrained.flatten(0, 1)), first.log_joint[..., 0].numel()
+        )
+        problem.advance(_SHARE_OF_CHECK)
         return LogMarginal(
             value=value,
             standard_error=standard_error,
-            lower=log_mean_exp(torch.cat([part.log_weights for part in parts]), 0),
+            lower=check.value,
             upper=torch.full_like(value, math.nan),
             k_hat=torch.full_like(value, math.nan),
             ess=draws.ess.double(),
-            status=rate(standard_error, r_hat=draws.nested_r_hat, is_refuted=draws.is_flagged),
+            status=rate(
+                standard_error,
+                r_hat=draws.nested_r_hat,
+                is_refuted=draws.is_flagged | check.refutes(value, standard_error),
+            ),
             method=self.method,
             num_samples=self.num_chains * self.num_draws,
             bound=Bound.ESTIMATE,
@@ -202,12 +211,10 @@ class _Cross(NamedTuple):
     Attributes:
         root: The estimate.
         effective_size: Effective number of posterior draws for its error.
-        log_weights: Importance weights of the density's own draws.
     """
 
     root: BridgeRoot
     effective_size: PerRow
-    log_weights: Float[Tensor, "proposal_draws rows"]
 
 
 def _cross(problem: Problem, fitted: Half, kept: Half, step: int) -> _Cross:
@@ -217,7 +224,7 @@ def _cross(problem: Problem, fitted: Half, kept: Half, step: int) -> _Cross:
     num_chains, num_draws, num_rows = log_ratio.shape
     u = propose(problem, q, num_chains * num_draws, step=step)
     log_weights = evaluate(problem.density, u).log_joint - q.log_density(u)
-    problem.advance((1 - _SHARE_OF_CHAINS) / 2)
+    problem.advance((1 - _SHARE_OF_CHAINS - _SHARE_OF_CHECK) / 2)
     root = find_bridge(log_ratio.flatten(0, 1), log_weights, effective_size(log_ratio))
     shares = root.posterior_share.reshape(num_chains, num_draws, num_rows)
-    return _Cross(root, effective_size(shares), log_weights)
+    return _Cross(root, effective_size(shares))

@@ -1,10 +1,11 @@
 """What bridge and reciprocal sampling share: posterior draws of each row, cut into two halves, and draws of a fitted density."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -19,11 +20,27 @@ from pyro_aevb.mcmc.posterior import sample_rows
 from pyro_aevb.program.density import Density, LogDensity
 from pyro_aevb.program.rows import CHUNK_DRAWS
 from pyro_aevb.program.settings import check_count
+from pyro_aevb.weights import log_mean_exp
 
-__all__ = ["ChainEstimator", "Half", "effective_size", "evaluate", "halve", "propose"]
+__all__ = [
+    "ChainEstimator",
+    "Check",
+    "Half",
+    "check_with_prior",
+    "effective_size",
+    "evaluate",
+    "halve",
+    "propose",
+    "relative_weights",
+]
 
 _STORED_STEPS = 50
 """Draws of a chain are stored, so that rows at once are bounded by them too: so many weigh as much as one evaluation."""
+_FORK = 0xC4EC
+"""Which fork of a row's noise is for the check: other numbers than those of the chains and their starts."""
+_OUTLIER = 10.0
+"""A prior draw that weighs so many times the mean lies where the fitted density does not."""
+_MAX_MISSED = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,3 +142,51 @@ def effective_size(values: Float[Tensor, "chains draws rows"]) -> PerRow:
     """Return the effective number of draws for the mean of a quantity; all of them where it is constant."""
     num_draws = values.shape[0] * values.shape[1]
     return mean_ess(values).nan_to_num(nan=float(num_draws)).clamp(min=1.0)
+
+
+def relative_weights(log_weights: Float[Tensor, "*draws rows"]) -> Float[Tensor, "*draws rows"]:
+    """Return weights over the largest of their row."""
+    log_max = log_weights.flatten(0, -2).amax(0)
+    return (log_weights - log_max.where(log_max.isfinite(), 0.0)).exp()
+
+
+class Check(NamedTuple):
+    """Importance sampling from a mixture of a fitted density and the prior.
+
+    Attributes:
+        value: Its estimate of log p(x), in nats: a stochastic lower bound.
+        standard_error: By the delta method.
+        missed: Share of the mass that prior draws found where the fitted density hardly is.
+    """
+
+    value: PerRow
+    standard_error: PerRow
+    missed: PerRow
+
+    def refutes(self, value: PerRow, standard_error: PerRow) -> Bool[Tensor, " rows"]:
+        """Say where another estimate is more than three standard errors apart, or the fitted density misses a twentieth."""
+        error = (standard_error.square() + self.standard_error.square()).sqrt()
+        return ((value - self.value).abs() > 3 * error) | (self.missed > _MAX_MISSED)
+
+
+def check_with_prior(problem: Problem, fitted: RowGaussian, num_draws: int) -> Check:
+    """Weigh draws of a fitted density and as many of the prior under the mixture of the two.
+
+    Weights of fixed numbers of draws from each under the density of the mixture are unbiased (Owen and Zhou 2000, "Safe and
+    effective importance sampling") and no larger than twice the likelihood. Chains that all missed a mode cannot know of it: the
+    prior's draws may, if the mode is not much narrower than the prior in many coordinates.
+    """
+    noise = problem.noise.fork(_FORK)
+    prior = problem.density.draw_prior(num_draws, seed=noise.seed % 2**31).double()
+    u = torch.cat([propose(replace(problem, noise=noise), fitted, num_draws, step=0), prior])
+    density = evaluate(problem.density, u)
+    log_weights = density.log_joint - torch.logaddexp(fitted.log_density(u), density.log_prior) + math.log(2)
+    log_weights = log_weights.where(~log_weights.isnan(), -math.inf)
+    weights = relative_weights(log_weights)
+    total, from_prior = weights.sum(0), weights[num_draws:]
+    is_outlier = from_prior > _OUTLIER * weights.mean(0)
+    return Check(
+        log_mean_exp(log_weights, 0),
+        weights.std(0) * math.sqrt(len(weights)) / total,
+        (from_prior * is_outlier).sum(0) / total,
+    )

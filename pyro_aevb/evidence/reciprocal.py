@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from scipy.special import chdtri
 from torch import Tensor
 from typing_extensions import override
 
 from pyro_aevb._types import PerRow
 from pyro_aevb.errors import SettingError, UnreliableWarning, warn_user
-from pyro_aevb.evidence.averages import from_log_weights
-from pyro_aevb.evidence.chains import ChainEstimator, effective_size, evaluate, halve, propose
+from pyro_aevb.evidence.chains import ChainEstimator, check_with_prior, effective_size, halve, relative_weights
 from pyro_aevb.evidence.gaussian import RowGaussian, fit_gaussian
 from pyro_aevb.evidence.pareto import pareto_k_hat
 from pyro_aevb.evidence.problem import Problem
@@ -32,10 +31,6 @@ __all__ = ["Reciprocal", "reciprocal_error", "reciprocal_value"]
 _SHARE_OF_CHAINS = 0.9
 _PAPER_DIM = 5
 _PAPER_DRAWS = 50
-_PRIOR_SHARE = 0.2
-"""How much of the check's mixture is the prior: enough to meet a mode that the prior reaches and no chain visited."""
-_FORK = 0xC4EC
-"""Which fork of a row's noise seeds the check's prior draws: other numbers than the chains' starts."""
 
 
 def reciprocal_value(log_weights: Float[Tensor, "draws rows"]) -> PerRow:
@@ -57,7 +52,7 @@ def reciprocal_error(log_weights: Float[Tensor, "draws rows"], effective_size: P
         log_weights: log q(u) - log p(x, u) at posterior draws.
         effective_size: Effective number of draws for the mean weight.
     """
-    weights = _relative(log_weights)
+    weights = relative_weights(log_weights)
     return (weights.var(0) / effective_size).sqrt() / weights.mean(0)
 
 
@@ -75,9 +70,9 @@ class Reciprocal(ChainEstimator):
 
     The paper found it unreliable from five latents on. With its 50 draws that is the error of a Gaussian fitted to so few:
     a warning says so. The bound fails, without a trace in its own error, where chains miss a mode: the value is then that of
-    the modes seen. Therefore a row is checked by importance sampling from a mixture of q and the prior (a fifth), which is
-    ``lower``: if the two are more than three standard errors apart, either way, or if the chains' two kinds of start disagree,
-    it is unreliable.
+    the modes seen. Therefore a row is checked by importance sampling from a mixture of q and the prior
+    (:func:`~pyro_aevb.evidence.chains.check_with_prior`), which is ``lower``. It is unreliable where that contradicts the value,
+    or where the chains' two kinds of start disagree.
 
     Args:
         num_kept: L, at most half of all draws, evenly spaced; ``None`` for that half.
@@ -117,9 +112,9 @@ class Reciprocal(ChainEstimator):
         log_weights = self._log_density(q, second.position) - second.log_joint
         kept = _spread(log_weights, num_kept)
         value, k_hat = reciprocal_value(kept), pareto_k_hat(kept.nan_to_num(nan=-math.inf, posinf=-math.inf))
-        size = effective_size(_relative(log_weights)).clamp(max=num_kept)
+        size = effective_size(relative_weights(log_weights)).clamp(max=num_kept)
         standard_error = void_error(reciprocal_error(kept, size), k_hat)
-        check = _weigh_mixture(problem, q, num_kept)
+        check = check_with_prior(problem, q, num_kept)
         problem.advance(1 - _SHARE_OF_CHAINS)
         return LogMarginal(
             value=value,
@@ -133,7 +128,7 @@ class Reciprocal(ChainEstimator):
                 standard_error,
                 k_hat=k_hat,
                 r_hat=draws.nested_r_hat,
-                is_refuted=draws.is_flagged | _are_apart(value, standard_error, check),
+                is_refuted=draws.is_flagged | check.refutes(value, standard_error),
             ),
             method=self.method,
             num_samples=num_kept,
@@ -167,30 +162,3 @@ def _spread(values: Tensor, count: int) -> Tensor:
     """Take so many draws, evenly spaced over time and chains: ``[chains, draws, ...]`` becomes ``[count, ...]``."""
     in_time = values.transpose(0, 1).flatten(0, 1)
     return in_time[torch.linspace(0, len(in_time) - 1, count, device=values.device).round().long()]
-
-
-def _relative(log_weights: Float[Tensor, "*draws rows"]) -> Float[Tensor, "*draws rows"]:
-    """Return weights over the row's largest."""
-    log_max = log_weights.flatten(0, -2).amax(0)
-    return (log_weights - log_max.where(log_max.isfinite(), 0.0)).exp()
-
-
-def _are_apart(value: PerRow, standard_error: PerRow, check: LogMarginal) -> Bool[Tensor, " rows"]:
-    """Say whether two estimates differ by more than three standard errors; one that is void says nothing."""
-    return (value - check.value).abs() > 3 * (standard_error.square() + check.standard_error.square()).sqrt()
-
-
-def _weigh_mixture(problem: Problem, q: RowGaussian, num_draws: int) -> LogMarginal:
-    """Estimate the rows by importance sampling from a mixture of q and the prior, with fixed numbers of draws from each.
-
-    The weights of such draws under the density of the mixture are unbiased (Owen and Zhou 2000, "Safe and effective importance
-    sampling"), and no larger than the likelihood over the prior's share.
-    """
-    from_prior = max(1, round(_PRIOR_SHARE * num_draws))
-    share = from_prior / (from_prior + num_draws)
-    prior = problem.density.draw_prior(from_prior, seed=problem.noise.fork(_FORK).seed % 2**31).double()
-    u = torch.cat([propose(problem, q, num_draws, step=0), prior])
-    density = evaluate(problem.density, u)
-    log_mixture = torch.logaddexp(q.log_density(u) + math.log1p(-share), density.log_prior + math.log(share))
-    log_weights = density.log_joint - log_mixture
-    return from_log_weights(log_weights.where(~log_weights.isnan(), -math.inf)[None])
