@@ -1,7 +1,7 @@
 """Pictures of fits, images, latent spaces and evidence, as matplotlib figures that belong to nobody but the caller.
 
 No function touches ``pyplot``, a backend or a global setting: ``figure.savefig("name.png")`` works anywhere, and a notebook
-shows a figure that stands last in a cell. Blue and vermillion are those of Okabe & Ito, which colour-blind readers tell apart.
+shows a figure that stands last in a cell. Estimates of log p(x) side by side are drawn by :mod:`pyro_aevb.evidence_plots`.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pyro_aevb.canvas import BLUE, GREY, MUTED, VERMILLION, blank_figure, name_axes, number
 from pyro_aevb.errors import DataError
 from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.training.loop import FitResult
@@ -30,10 +31,6 @@ __all__ = [
     "plot_reconstructions",
 ]
 
-BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#666666"
-MUTED = ("#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499", "#777777")
-"""Paul Tol's muted colours, for classes."""
-
 
 def plot_history(result: FitResult, *, title: str | None = None) -> "Figure":
     """Draw the bound over training, on new rows too where there was validation data.
@@ -50,16 +47,16 @@ def plot_history(result: FitResult, *, title: str | None = None) -> "Figure":
     """
     if not result.history:
         raise DataError("Expected a fit of at least one epoch; its history is empty.")
-    figure, (ax,) = _figure(7.0, 3.8)
+    figure, (ax,) = blank_figure(7.0, 3.8)
     lines = (("bound", "training rows", BLUE, "-"), ("validation_bound", "new rows", VERMILLION, "--"))
     last = result.history[-1]
     drawn = [line for line in lines if line[0] in last]
     for name, label, color, style in drawn:
         epochs = [record["epoch"] for record in result.history]
         bounds = [record[name] for record in result.history]
-        ax.plot(epochs, bounds, style, color=color, label=f"{label}, {_number(last[name])} at the end")
-    ends = " and ".join(f"{_number(last[name])} nats on {label}" for name, label, _, _ in drawn)
-    _label(ax, "epoch", "bound (nats per row)", title or f"The bound rises to {ends}")
+        ax.plot(epochs, bounds, style, color=color, label=f"{label}, {number(last[name])} at the end")
+    ends = " and ".join(f"{number(last[name])} nats on {label}" for name, label, _, _ in drawn)
+    name_axes(ax, "epoch", "bound (nats per row)", title or f"The bound rises to {ends}")
     if len(result.history) > 20:
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")
@@ -206,10 +203,10 @@ def plot_manifold(
     figure, ax = _draw_grid(means.reshape(size, size, *image_shape), title, width=6.4)
     at = sorted({round(place * (size - 1)) for place in (0.0, 0.25, 0.5, 0.75, 1.0)})
     height, width = image_shape
-    ax.set_xticks([(width - 1) / 2 + (width + 1) * i for i in at], [_number(z[i].item()) for i in at])
-    ax.set_yticks([(height - 1) / 2 + (height + 1) * i for i in at], [_number(-z[i].item()) for i in at])
+    ax.set_xticks([(width - 1) / 2 + (width + 1) * i for i in at], [number(z[i].item()) for i in at])
+    ax.set_yticks([(height - 1) / 2 + (height + 1) * i for i in at], [number(-z[i].item()) for i in at])
     ax.tick_params(length=2)
-    _label(ax, "first latent", "second latent", title)
+    name_axes(ax, "first latent", "second latent", title)
     return figure
 
 
@@ -229,7 +226,7 @@ def plot_embedding(
     Returns:
         A figure with one scatter for each class.
     """
-    figure, (ax,) = _figure(6.4, 6.4)
+    figure, (ax,) = blank_figure(6.4, 6.4)
     classes = labels.unique().tolist() if labels is not None else [None]
     for index, name in enumerate(classes):
         points = embedding if labels is None else embedding[labels == name]
@@ -242,7 +239,7 @@ def plot_embedding(
     ax.set_aspect("equal", adjustable="datalim")
     ax.grid(color="#e6e6e6", linewidth=0.8)
     ax.set_axisbelow(True)
-    _label(ax, "first latent", "second latent", title)
+    name_axes(ax, "first latent", "second latent", title)
     return figure
 
 
@@ -261,7 +258,7 @@ def plot_log_marginal(result: LogMarginal, *, title: str | None = None) -> "Figu
         DataError: If there are no rows.
     """
     summary = result.summary()
-    figure, (ax, below) = _figure(7.0, 5.4, heights=(2.4, 1.0))
+    figure, (ax, below) = blank_figure(7.0, 5.4, heights=(2.4, 1.0))
     order = result.value.argsort().cpu()
     value, error = (entry.cpu()[order].double() for entry in (result.value, result.standard_error))
     k_hat = result.k_hat.cpu()[order].nan_to_num(nan=math.nan, posinf=math.nan, neginf=math.nan)
@@ -284,33 +281,11 @@ def plot_log_marginal(result: LogMarginal, *, title: str | None = None) -> "Figu
     below.axhline(0.7, color=GREY, linestyle="--", linewidth=1)
     below.text(1.005, 0.7, "0.7", color=GREY, fontsize=9, va="center", transform=below.get_yaxis_transform())
     ax.legend(frameon=False, loc="upper left")
-    mean = f"{_number(summary.mean)} ± {summary.monte_carlo_se:.2g}" if summary.num_void == 0 else _number(summary.mean)
+    mean = f"{number(summary.mean)} ± {summary.monte_carlo_se:.2g}" if summary.num_void == 0 else number(summary.mean)
     heading = f"{result.label}: mean {mean} nats over {len(result)} rows, {summary.num_flagged} of them unreliable"
-    _label(ax, "", f"{result.label} (nats)", title or heading)
-    _label(below, "rows, sorted by value", "Pareto k-hat", "")
+    name_axes(ax, "", f"{result.label} (nats)", title or heading)
+    name_axes(below, "rows, sorted by value", "Pareto k-hat", "")
     return figure
-
-
-def _figure(width: float, height: float, heights: Sequence[float] = (1.0,)) -> tuple["Figure", "list[Axes]"]:
-    """Return a figure, free of any global state, and its axes one below the other."""
-    from matplotlib.figure import Figure  # 0.4 s, which only those who look at pictures pay
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    rows = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
-    for ax in rows[:, 0]:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, list(rows[:, 0])
-
-
-def _label(ax: "Axes", x: str, y: str, title: str) -> None:
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
-    ax.set_title(title, loc="left", fontsize=11)
-
-
-def _number(value: float) -> str:
-    """Format a number with two decimals and a true minus sign, and none before zero."""
-    return f"{round(value, 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _draw_grid(images: Tensor, title: str, *, width: float = 7.0) -> tuple["Figure", "Axes"]:
@@ -320,7 +295,7 @@ def _draw_grid(images: Tensor, title: str, *, width: float = 7.0) -> tuple["Figu
             f"Expected images of shape [images, height, width] or [rows, columns, height, width]; got {list(images.shape)}."
         )
     canvas = _tiled(images)
-    figure, (ax,) = _figure(width, width * canvas.shape[0] / canvas.shape[1] + 0.5)
+    figure, (ax,) = blank_figure(width, width * canvas.shape[0] / canvas.shape[1] + 0.5)
     ax.imshow(canvas.numpy(), cmap="gray_r", vmin=0.0, vmax=1.0, interpolation="nearest")
     ax.set_xticks([])
     ax.set_yticks([])

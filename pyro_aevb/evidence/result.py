@@ -144,9 +144,21 @@ class LogMarginal:
             num_flagged=int(is_flagged.sum()),
             unflagged_mean=self.value[~is_flagged].mean().item(),
             unflagged_monte_carlo_se=self._mean_se(self.standard_error[~is_flagged]),
-            worst=self._worst(math.ceil(0.05 * len(self))),
+            worst=self.worst_rows(math.ceil(0.05 * len(self))),
             joint=self.joint,
         )
+
+    def worst_rows(self, count: int) -> tuple[int, ...]:
+        """Return the rows that can be trusted least, worst first: by status, then standard error, a void one first, then k-hat.
+
+        Args:
+            count: How many rows at most.
+        """
+        level = [_LEVELS.index(status) for status in self.status]
+        error = self.standard_error.nan_to_num(nan=math.inf, posinf=math.inf).tolist()
+        k_hat = self.k_hat.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).tolist()
+        doubt = list(zip(level, error, k_hat, strict=True))
+        return tuple(sorted(range(len(self)), key=doubt.__getitem__, reverse=True)[:count])
 
     def warn_if_unreliable(self) -> None:
         """Warn once, with the counts, if any row is unreliable.
@@ -216,14 +228,6 @@ class LogMarginal:
         if self.num_global_samples > 1:
             return standard_error.mean().item()
         return (standard_error.square().mean() / len(standard_error)).sqrt().item()
-
-    def _worst(self, count: int) -> tuple[int, ...]:
-        """Return the rows that can be trusted least; a standard error that is void counts as infinite."""
-        level = [_LEVELS.index(status) for status in self.status]
-        error = self.standard_error.nan_to_num(nan=math.inf, posinf=math.inf).tolist()
-        k_hat = self.k_hat.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).tolist()
-        doubt = list(zip(level, error, k_hat, strict=True))
-        return tuple(sorted(range(len(self)), key=doubt.__getitem__, reverse=True)[:count])
 
 
 def concatenate(results: Sequence[LogMarginal]) -> LogMarginal:
