@@ -297,8 +297,8 @@ def _with_any_rows(read: ReadRows[RowModel], batch: tuple[Args, Kwargs]) -> Read
         return replace(read, needs_all=True)
     if structure.rows != min(2, offered):
         raise ModelError(
-            f"The data plate {structure.data_plate!r} has {structure.rows} indices in a run on {min(2, offered)} rows of the batch. "
-            f"Size it by the data, pyro.plate({structure.data_plate!r}, len(x)), rows on axis 0 of every tensor."
+            f"The data plate {structure.data_plate!r} has {structure.rows} indices in a run on {min(2, offered)} rows of the "
+            f"batch. Size it by the data, pyro.plate({structure.data_plate!r}, len(x)), rows on axis 0 of every tensor."
         )
     return read
 

@@ -143,19 +143,27 @@ def check_observed(model: RowModel, args: Args, kwargs: Kwargs, given: Values, *
     except AEVBError:
         raise
     except ValueError:
-        return  # a parameter outside its range at this u is no fault of the data
+        pass  # the checks that are on refuse such data too, and parameters outside their range at this u, no fault of the data
+    if inside.error is not None:
+        raise inside.error
 
 
 class _Inside(Messenger):
-    """Refuse observed values outside supports that do not depend on latents."""
+    """Find observed values outside supports that do not depend on latents.
+
+    Attributes:
+        error: What is wrong at the first such site; raised here, Pyro's trace would put an error of its own in its place.
+    """
 
     def __init__(self, data_dim: int | None, first_row: int) -> None:
         super().__init__()
         self.data_dim, self.first_row = data_dim, first_row
+        self.error: DataError | None = None
 
     def _pyro_post_sample(self, message: Message) -> None:
         fn: SiteDistribution = message["fn"]
-        if not message["is_observed"] or type(fn).__name__ in ("Unit", "_Subsample") or not _checks_values(fn):
+        is_data = message["is_observed"] and type(fn).__name__ not in ("Unit", "_Subsample")
+        if self.error is not None or not is_data or not _checks_values(fn):
             return
         support = plain_support(fn)
         if _is_computed(support):
@@ -163,7 +171,7 @@ class _Inside(Messenger):
         value: Any = unmasked_value(dict(message))
         outside = ~support.check(value.detach())
         if outside.any():
-            raise DataError(
+            self.error = DataError(
                 f"The data observed at site {message['name']!r} lie outside the support {support} of its distribution"
                 f"{self._where(outside, fn)}: the first such value is {_first_outside(value, outside)}. Change the data or the "
                 f"likelihood (grey levels under a Bernoulli need validate_args=False).",
