@@ -151,7 +151,7 @@ def warm_up(
     """Learn each row's step size and scale while its chains approach the target; afterwards both stand still.
 
     Costs ``num_steps * (num_leapfrog + 1) / 2`` gradients of each chain on average, and twice a search for a first step size. With
-    fewer than 20 steps the scale stays as it is. A row whose chains are all rejected keeps its scale.
+    fewer than 20 steps the scale stays as it is.
 
     Args:
         target: Log density of each row.

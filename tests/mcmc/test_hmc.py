@@ -291,6 +291,15 @@ def test_a_chain_that_starts_at_density_zero_comes_in():
     assert not info.is_divergent.any()
 
 
+def test_a_chain_that_starts_at_nan_stays_and_is_counted():
+    state = start(normal, torch.full((1, 1, 1), 0.1, dtype=DOUBLE))._replace(log_density=torch.full((1, 1), math.nan))
+    settings = {"step_size": torch.ones(1, dtype=DOUBLE), "scale": torch.ones(1, 1, dtype=DOUBLE), "num_leapfrog": 1}
+    _, info = transition(normal, state, torch.ones(1, 1, 1, dtype=DOUBLE), rand(1, 1), **settings)
+    assert float(info.acceptance) == 0
+    assert not info.is_accepted
+    assert info.is_divergent
+
+
 def test_a_large_energy_error_is_divergent_and_a_moderate_one_is_not():
     state = start(normal, torch.zeros(1, 2, 1, dtype=DOUBLE))
     settings = {"step_size": torch.tensor([30.0, 100.0], dtype=DOUBLE), "scale": torch.ones(2, 1, dtype=DOUBLE)}
@@ -385,8 +394,15 @@ def test_draws_report_what_happened():
         **settings,
     )
     torch.testing.assert_close(draws.log_density, quartic(draws.position))
-    moved = (draws.position[:, 1:] != draws.position[:, :-1]).any(-1).double().mean((0, 1))
-    assert (moved - draws.acceptance).abs().max() < 4 * 0.5 / math.sqrt(4 * 39)
+    state, infos = start(quartic, randn(4, 5, 3)), []
+    for step in range(40):
+        numbers = row_noise(5).normal(Stream.MOMENTUM, step, 4, 3), row_noise(5).uniform(Stream.ACCEPT, step, 4)
+        length = jittered(row_noise(5), Stream.JITTER, step, 3)
+        state, info = transition(quartic, state, *numbers, num_leapfrog=length, **settings)
+        infos.append(info)
+        assert torch.equal(draws.position[:, step], state.position)
+    torch.testing.assert_close(draws.acceptance, torch.stack([info.acceptance for info in infos]).mean((0, 1)))
+    assert torch.equal(draws.num_divergent, sum(info.is_divergent.sum(0) for info in infos))
     assert sum(told) == pytest.approx(1)
     assert len(told) == 40
 
