@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pyro_aevb.distributions.triangular import Triangular
     from pyro_aevb.distributions.uniform import Uniform
     from pyro_aevb.distributions.wrapped_normal import WrappedNormal
+    from pyro_aevb.evidence.bdmc import BDMCResult, bdmc
     from pyro_aevb.evidence.marginal import log_marginal
     from pyro_aevb.evidence.result import LogMarginal
     from pyro_aevb.guides.encoders import ConvEncoder, MLPEncoder, SequenceEncoder, SetEncoder
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
     from pyro_aevb.guides.normal import AutoAmortizedMultivariateNormal, AutoAmortizedNormal
     from pyro_aevb.imputation.impute import impute
     from pyro_aevb.imputation.result import Imputation
+    from pyro_aevb.mcmc.draws import PosteriorDraws
+    from pyro_aevb.mcmc.posterior import hmc_posterior
     from pyro_aevb.objectives.importance_weighted import IWELBO
     from pyro_aevb.objectives.sgvb import SGVB
     from pyro_aevb.prediction import embed, posterior, predict, reconstruct, simulate
+    from pyro_aevb.program.density import LogDensity
     from pyro_aevb.program.staging import stage
     from pyro_aevb.training.loop import FitResult, fit
 
@@ -36,6 +40,7 @@ __all__ = [
     "AutoAmortizedFlow",
     "AutoAmortizedMultivariateNormal",
     "AutoAmortizedNormal",
+    "BDMCResult",
     "Beta",
     "ConvEncoder",
     "Dirichlet",
@@ -43,9 +48,11 @@ __all__ = [
     "FitResult",
     "Gompertz",
     "Imputation",
+    "LogDensity",
     "LogMarginal",
     "Logistic",
     "MLPEncoder",
+    "PosteriorDraws",
     "Rayleigh",
     "Reciprocal",
     "SequenceEncoder",
@@ -53,8 +60,10 @@ __all__ = [
     "Triangular",
     "Uniform",
     "WrappedNormal",
+    "bdmc",
     "embed",
     "fit",
+    "hmc_posterior",
     "impute",
     "log_marginal",
     "posterior",
@@ -72,6 +81,7 @@ _HOMES = {
     "AutoAmortizedFlow": "guides.flow",
     "AutoAmortizedMultivariateNormal": "guides.normal",
     "AutoAmortizedNormal": "guides.normal",
+    "BDMCResult": "evidence.bdmc",
     "Beta": "distributions.dirichlet",
     "ConvEncoder": "guides.encoders",
     "Dirichlet": "distributions.dirichlet",
@@ -79,9 +89,11 @@ _HOMES = {
     "FitResult": "training.loop",
     "Gompertz": "distributions.gompertz",
     "Imputation": "imputation.result",
+    "LogDensity": "program.density",
     "LogMarginal": "evidence.result",
     "Logistic": "distributions.logistic",
     "MLPEncoder": "guides.encoders",
+    "PosteriorDraws": "mcmc.draws",
     "Rayleigh": "distributions.rayleigh",
     "Reciprocal": "distributions.reciprocal",
     "SequenceEncoder": "guides.encoders",
@@ -89,8 +101,10 @@ _HOMES = {
     "Triangular": "distributions.triangular",
     "Uniform": "distributions.uniform",
     "WrappedNormal": "distributions.wrapped_normal",
+    "bdmc": "evidence.bdmc",
     "embed": "prediction",
     "fit": "training.loop",
+    "hmc_posterior": "mcmc.posterior",
     "impute": "imputation.impute",
     "log_marginal": "evidence.marginal",
     "posterior": "prediction",

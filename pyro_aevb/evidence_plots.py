@@ -55,7 +55,7 @@ def plot_forest(
     ax.invert_yaxis()
     ax.grid(color="#e6e6e6", linewidth=0.8, axis="x")
     ax.set_axisbelow(True)
-    ax.legend(frameon=False, loc="best")
+    figure.legend(frameon=False, loc="outside lower center", ncols=4)
     name_axes(ax, f"{first.label} (nats)", "row, least trustworthy first", title)
     return figure
 

@@ -23,7 +23,19 @@ from pyro.infer import RenyiELBO, ReweightedWakeSleep
 from safetensors.torch import save_file
 from torch import nn
 
-from pyro_aevb import AEVB, IWELBO, SGVB, fit, log_marginal, posterior, predict, simulate
+from pyro_aevb import (
+    AEVB,
+    IWELBO,
+    SGVB,
+    LogDensity,
+    bdmc,
+    fit,
+    hmc_posterior,
+    log_marginal,
+    posterior,
+    predict,
+    simulate,
+)
 from pyro_aevb.errors import (
     AEVBError,
     DataError,
@@ -41,6 +53,7 @@ NAN_IN_ROW_17 = X.clone().index_put_((torch.tensor(17), torch.tensor(2)), torch.
 NAN_IN_ROW_3 = X.clone().index_put_((torch.tensor(3), torch.tensor(2)), torch.tensor(float("nan")))
 INF_IN_ROW_17 = X.clone().index_put_((torch.tensor(17), torch.tensor(2)), torch.tensor(float("inf")))
 fit = functools.partial(fit, progress=False, num_epochs=1, batch_size=10)
+estimate = functools.partial(log_marginal, progress=False)
 log_marginal = functools.partial(log_marginal, progress=False, num_samples=10)
 
 
@@ -135,6 +148,10 @@ def fitting(data=X, objective=SGVB, **settings):
 
 def weighing(data=X, **settings):
     return lambda model, guide, folder: log_marginal(model, guide, data, **settings)
+
+
+def estimating(method, data=X, *, guided=True, **settings):
+    return lambda model, guide, folder: estimate(model, guide if guided else None, data, method=method, **settings)
 
 
 def drawing(data=X, **settings):
@@ -395,6 +412,98 @@ SETTINGS |= {
     }.items()
 }
 
+
+class TiedRows(Model):
+    """A model in which a row's likelihood depends on the latents of all rows."""
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", self.likelihood(self.decoder(z - z.mean(0))), obs=x)
+
+
+def exponential(loc):
+    return dist.Exponential(loc.exp()).to_event(1)
+
+
+def four_latents():
+    return Model(
+        lambda: dist.Normal(torch.zeros(2, 2), 1.0).to_event(2),
+        likelihood=lambda loc: dist.Normal(loc[..., 0, :], 1.0).to_event(1),
+    )
+
+
+WITHOUT_GUIDE = ("bridge", "reciprocal", "quadrature")
+EVIDENCE = {
+    "samples of annealing": Case(
+        estimating("ais", num_samples=50), SettingError, "'ais' has no num_samples.*num_chains"
+    ),
+    "importance sampling without a guide": Case(
+        estimating("importance", guided=False), SettingError, "'importance' draws from a guide.*'quadrature'"
+    ),
+    "annealing from a guide that is not there": Case(
+        estimating("ais", guided=False, start="guide"), SettingError, "guide"
+    ),
+    "an unknown preset": Case(estimating("ais", preset="slow"), SettingError, "'ais' has no preset 'slow'.*'wu2017'"),
+    "misspelt setting of a method": Case(
+        estimating("ais", num_temperature=3), SettingError, "'num_temperature'.*'num_temperatures'"
+    ),
+    "misspelt setting of the wrapper's method": Case(
+        lambda model, guide, folder: AEVB(model, guide).log_marginal(X, method="bridge", num_chain=4),
+        SettingError,
+        "'num_chain'.*'num_chains'",
+    ),
+    "chains below 1": Case(estimating("ais", num_chains=0), SettingError, "num_chains.*got 0"),
+    "temperatures below 1": Case(estimating("ais", num_temperatures=-1), SettingError, "num_temperatures.*got -1"),
+    "leapfrog steps below 1": Case(estimating("ais", num_leapfrog=0), SettingError, "num_leapfrog.*got 0"),
+    "posterior draws below 1": Case(estimating("bridge", num_draws=0), SettingError, "num_draws.*got 0"),
+    "chains of the bridge below 1": Case(estimating("bridge", num_chains=0), SettingError, "num_chains.*got 0"),
+    "simulations below 1": Case(
+        lambda model, guide, folder: bdmc(model, guide, X, num_simulations=0, progress=False),
+        SettingError,
+        "num_simulations.*got 0",
+    ),
+    "quadrature of four latents": Case(
+        estimating("quadrature"),
+        SettingError,
+        "up to 3 unconstrained.*have 4",
+        four_latents,
+        lambda: Guide(lambda loc, scale: dist.Normal(torch.stack([loc, loc], -2), 1.0).to_event(2)),
+    ),
+    "a guide of another model": Case(
+        estimating("ais"), GuideError, r"lacks.*\['z'\]", guide=lambda: Guide(sites=("other",))
+    ),
+    "globals that no guide draws": Case(
+        estimating("bridge", NormalNormal.fixture()[1], guided=False),
+        ModelError,
+        r"\['g'\] lie outside.*guide=None",
+        lambda: NormalNormal().model,
+    ),
+    "globals that are not given": Case(
+        lambda model, guide, folder: LogDensity(model, NormalNormal.fixture()[1]),
+        ModelError,
+        r"\['g'\] lie outside.*given=",
+        lambda: NormalNormal().model,
+    ),
+    "globals of posterior draws that are not given": Case(
+        lambda model, guide, folder: hmc_posterior(model, NormalNormal.fixture()[1], progress=False),
+        ModelError,
+        r"\['g'\] lie outside.*given=",
+        lambda: NormalNormal().model,
+    ),
+}
+EVIDENCE |= {
+    f"{mistake}, {method}": Case(estimating(method, data, guided=False), error, names, model)
+    for mistake, (data, error, names, model) in {
+        "rows that are not independent": (X, ModelError, "'x'", TiedRows),
+        "a discrete latent": (X, ModelError, r"'z' is discrete \(Bernoulli\)", lambda: Model(discrete)),
+        "data outside the support": (X, DataError, r"'x'.*\[0, 1", lambda: Model(likelihood=exponential)),
+        "NaN in a row": (NAN_IN_ROW_17, DataError, "row 17", Model),
+        "no rows": (X[:0], DataError, "no rows", Model),
+    }.items()
+    for method in ("ais", *WITHOUT_GUIDE)
+}
+
 FILES = {
     "missing file": Case(
         lambda model, guide, folder: AEVB.load(folder / "nothing", model, guide=guide), FileError, "nothing is missing"
@@ -414,7 +523,7 @@ FILES = {
     ),
 }
 
-CASES = MODELS | GUIDES | DATA | SETTINGS | FILES
+CASES = MODELS | GUIDES | DATA | SETTINGS | EVIDENCE | FILES
 
 
 def state_of(*programs):

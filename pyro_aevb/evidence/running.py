@@ -20,6 +20,7 @@ from pyro_aevb.program.particles import as_draws
 from pyro_aevb.program.proposal import GuideDensity
 from pyro_aevb.program.rows import CHUNK_DRAWS, Rows
 from pyro_aevb.program.structure import Structure, read_structure
+from pyro_aevb.randomness import preserved_rng
 
 __all__ = ["EstimatorRun", "name_quantity"]
 
@@ -49,21 +50,25 @@ class EstimatorRun:
         num_global_samples: int,
     ) -> None:
         args, kwargs = batch
-        key = int(torch.randint(2**62, ()))  # before anything else draws, so that it hangs on the seed alone
         given: list[Values] = [{}]
         self.log_global = torch.zeros(1)
         rows = None if guide is None else Rows(model, guide, args, kwargs, data_plate)
-        if rows is None:
-            _check_no_globals(read_structure(model, args, kwargs, data_plate=data_plate))
-        elif rows.structure.has_globals and rows.structure.data_plate is not None:
+        if rows is not None and rows.structure.has_globals and rows.structure.data_plate is not None:
             given, self.log_global = draw_globals(rows, num_global_samples)
-        self.density = LogDensity(model, *args, data_plate=data_plate, given=given[0], **kwargs)
+        try:
+            self.density = LogDensity(model, *args, data_plate=data_plate, given=given[0], **kwargs)
+        except ModelError:
+            if guide is None:
+                _check_no_globals(read_structure(model, args, kwargs, data_plate=data_plate))
+            raise
         proposal = None if guide is None else GuideDensity(guide, self.density)
         self.has_globals = bool(given[0])
         self._conditioned: list[tuple[LogDensity, GuideDensity | None]] = [
             (self.density.given(values), proposal and proposal.given(values)) if values else (self.density, proposal)
             for values in given
         ]
+        with preserved_rng():  # a mistake that an estimator finds leaves the generators as they were
+            key = _draw_key()
         indices = torch.arange(self.density.num_rows)
         self._noise = RowNoise(key, indices, dtype=self.density.dtype, device=self.density.device)
 
@@ -77,6 +82,7 @@ class EstimatorRun:
                 for number, results in enumerate(given_each):
                     problem = self._problem(number, rows, _scaled(advance, share))
                     results.append(first_rows(estimator.estimate(problem), count))
+        _draw_key()  # the next run draws by another
         return self._join([concatenate(results) for results in given_each])
 
     def _problem(self, number: int, rows: Tensor, advance: Callable[[float], None]) -> Problem:
@@ -103,7 +109,7 @@ class EstimatorRun:
 
 
 def _check_no_globals(structure: Structure) -> None:
-    """Refuse globals that no guide draws.
+    """Say what to do about globals that no guide draws.
 
     Raises:
         ModelError: Naming them.
@@ -140,6 +146,11 @@ def name_quantity(structure: Structure | None, num_global_samples: int) -> str:
     if structure is not None and structure.has_globals:
         return "log predictive under " + ("q(globals)" if num_global_samples > 1 else "one draw from q(globals)")
     return "log p(x)"
+
+
+def _draw_key() -> int:
+    """Draw the key of all rows' random numbers."""
+    return int(torch.randint(2**62, ()))
 
 
 def _chunks(num_rows: int, size: int, *, is_padded: bool) -> Iterator[tuple[Tensor, int]]:

@@ -242,6 +242,11 @@ class TestChunks:
         quiet(self.exact.model, self.exact.guide, self.x, method="chains")
         assert torch.equal(before, torch.get_rng_state())
 
+    def test_without_a_seed_two_runs_differ(self):
+        settings = {"method": "chains", "progress": False}
+        runs = [log_marginal(self.exact.model, self.exact.guide, self.x, **settings).value for _ in range(2)]
+        assert not torch.equal(*runs)
+
     def test_chunks_bound_what_is_in_memory(self):
         rows = []
 
