@@ -15,6 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import max_pool1d, max_pool2d, max_pool3d
 from typing_extensions import override
 
 from pyro_aevb._types import PerRow
@@ -39,6 +40,7 @@ _MAX_SHARE = 0.25
 """A cell with more of the mass than this means that mass is not resolved, whatever the total did."""
 
 _MAX_SLOPE = 1e6
+_FADING = math.log(4)  # a cell without density whose parts have none either is worth a look, but less at each level
 _RIM = 1 / 8
 _MAX_TAIL = 3e-4
 """A rim with more mass than this means that there may be as much beyond: 1e-3 nats under a Cauchy density's tails."""
@@ -61,7 +63,8 @@ class Integral(NamedTuple):
 
     Attributes:
         value: Of each row, in nats.
-        change: How far the last halving of every cell moved it, and the share of cells that were never halved.
+        change: How far the last halving of every cell moved it, and the share that may be in cells which never
+            were, or whose midpoint has no density.
         tails: Share of the mass in the lowest and in the highest eighth of each axis.
     """
 
@@ -86,6 +89,11 @@ class _Cells(NamedTuple):
     log_mass: Float[Tensor, "cells rows"]
     log_parent: Float[Tensor, "cells rows"]
     score: Float[Tensor, "cells rows"]
+
+    @property
+    def is_empty(self) -> Bool[Tensor, "cells rows"]:
+        """Where the midpoint has no density; on the end of a support such a cell may hold as much as its neighbours."""
+        return self.log_mass == -math.inf
 
 
 def integrate(
@@ -154,7 +162,15 @@ def _root(target: Target, box: Box) -> _Cells:
     places = torch.cartesian_prod(*[axis] * dim).reshape(-1, 1, dim)
     centre = low + width * places
     nothing = torch.full(centre.shape[:-1], -math.inf, dtype=low.dtype, device=low.device)
-    return _evaluate(target, box, centre, torch.zeros_like(nothing), nothing)
+    cells = _evaluate(target, box, centre, torch.zeros_like(nothing), nothing)
+    return cells._replace(score=torch.where(cells.is_empty, _neighbours(cells.log_mass, dim), cells.score))
+
+
+def _neighbours(values: Float[Tensor, "cells rows"], dim: int) -> Float[Tensor, "cells rows"]:
+    """Return the largest value among the cells that touch each cell of the first grid."""
+    grid = values.T.unflatten(1, (_GRID[dim],) * dim)[:, None]
+    pool = {1: max_pool1d, 2: max_pool2d, 3: max_pool3d}[dim]
+    return pool(grid, kernel_size=3, stride=1, padding=1).flatten(1).T
 
 
 def _refine(target: Target, box: Box, cells: _Cells) -> _Cells:
@@ -167,6 +183,10 @@ def _refine(target: Target, box: Box, cells: _Cells) -> _Cells:
     centre = cells.centre.gather(0, chosen[..., None].expand(-1, -1, dim))
     centre = (centre + signs[:, None, None] * _size(box, depth)).flatten(0, 1)
     children = _evaluate(target, box, centre, (depth + 1).repeat(2**dim, 1), cells.log_mass.gather(0, chosen))
+    heaviest = children.log_mass.unflatten(0, (2**dim, -1)).amax(0)
+    inherited = cells.score.gather(0, chosen) - dim * math.log(2) - _FADING
+    hope = torch.where(heaviest > -math.inf, heaviest, inherited).repeat(2**dim, 1)
+    children = children._replace(score=torch.where(children.is_empty, hope, children.score))
     left = [entry.scatter(0, chosen, -math.inf) for entry in cells[2:]]
     return _Cells(*(torch.cat(parts) for parts in zip(children, (*cells[:2], *left), strict=True)))
 
@@ -182,7 +202,9 @@ def _evaluate(
     size = _size(box, depth)
     pieces = centre.to(box[2]).split(max(1, CHUNK_DRAWS // centre.shape[1]))
     values, gradients = zip(*(value_and_gradient(target, piece) for piece in pieces), strict=True)
-    log_mass = torch.cat(values).double().nan_to_num(nan=-math.inf, posinf=math.inf) + size.log().sum(-1)
+    log_mass = torch.cat(values).double().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf) + size.log().sum(
+        -1
+    )
     slope = (torch.cat(gradients).double() * size / 2).abs().nan_to_num(nan=0.0).clamp(max=_MAX_SLOPE)
     excess = log_mass + _log_expm1(_log_sinhc(slope).sum(-1))
     num_siblings = len(centre) // len(log_parent)
@@ -219,9 +241,10 @@ def _assess(cells: _Cells, box: Box) -> Integral:
     """Add the cells up."""
     low, width, _ = box
     value = cells.log_mass.logsumexp(0)
-    undivided = torch.where(cells.depth == 0, cells.log_mass, -math.inf).logsumexp(0)
-    before = torch.logaddexp(cells.log_parent.logsumexp(0), undivided)
-    change = (value - before).abs() + (undivided - value).exp()
+    is_undivided = cells.depth == 0
+    before = torch.where(is_undivided, cells.log_mass, cells.log_parent).logsumexp(0)
+    doubtful = torch.where(is_undivided | cells.is_empty, cells.score, -math.inf).logsumexp(0)
+    change = (value - before).abs() + (doubtful - value).exp()
     share = (cells.log_mass - value).exp()[..., None]
     place = (cells.centre - low) / width
     tails = torch.stack([(share * (place < _RIM)).sum(0), (share * (place > 1 - _RIM)).sum(0)])

@@ -111,7 +111,10 @@ class Reciprocal(ChainEstimator):
         q = fit_gaussian(_spread(first.position, num_kept))
         log_weights = self._log_density(q, second.position) - second.log_joint
         kept = _spread(log_weights, num_kept)
-        value, k_hat = reciprocal_value(kept), pareto_k_hat(kept.nan_to_num(nan=-math.inf, posinf=-math.inf))
+        value, k_hat = (
+            reciprocal_value(kept),
+            pareto_k_hat(kept.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)),
+        )
         size = effective_size(relative_weights(log_weights)).clamp(max=num_kept)
         standard_error = void_error(reciprocal_error(kept, size), k_hat)
         check = check_with_prior(problem, q, num_kept)
