@@ -34,6 +34,8 @@ __all__ = [
     "HMCState",
     "Target",
     "jittered",
+    "leapfrog",
+    "metropolis",
     "move",
     "nothing",
     "sample",
@@ -206,19 +208,26 @@ def move(
         drift: Step size times scale.
         num_leapfrog: Leapfrog steps.
     """
-    proposal, momentum = _leapfrog(evaluate, state, momentum_noise, drift, num_leapfrog)
-    before = 0.5 * momentum_noise.square().sum(-1) - state.log_density
-    after = 0.5 * momentum.square().sum(-1) - proposal.log_density
+    proposal, momentum = leapfrog(evaluate, state, momentum_noise, drift, num_leapfrog)
+    acceptance, is_divergent = metropolis(state, momentum_noise, proposal, momentum)
+    is_accepted = uniform < acceptance
+    return _select(is_accepted, proposal, state), HMCInfo(acceptance, is_accepted, is_divergent)
+
+
+def metropolis(
+    state: S, momentum: Tensor, end: S, momentum_end: Tensor
+) -> tuple[PerChain, Bool[Tensor, "chains rows"]]:
+    """Return the probability that a trajectory's end is accepted with, and whether the trajectory is divergent."""
+    before = 0.5 * momentum.square().sum(-1) - state.log_density
+    after = 0.5 * momentum_end.square().sum(-1) - end.log_density
     error = after - before
     # An end of infinite density is as broken as one of NaN. A start of density zero leaves by any finite end.
     is_valid = after.isfinite() & ~error.isnan()
     acceptance = torch.where(is_valid, (-error).clamp(max=0).exp(), torch.zeros_like(error))
-    is_accepted = uniform < acceptance
-    is_divergent = ~is_valid | (error.abs() > MAX_ENERGY_ERROR) & before.isfinite()
-    return _select(is_accepted, proposal, state), HMCInfo(acceptance, is_accepted, is_divergent)
+    return acceptance, ~is_valid | (error.abs() > MAX_ENERGY_ERROR) & before.isfinite()
 
 
-def _leapfrog(
+def leapfrog(
     evaluate: Callable[[Tensor], S], state: S, momentum: Tensor, drift: Tensor, num_leapfrog: int
 ) -> tuple[S, Tensor]:
     """Integrate Hamilton's equations; the momentum stays as it is where a chain is lost, and so does its position."""

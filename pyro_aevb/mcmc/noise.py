@@ -44,6 +44,7 @@ class Stream(enum.IntEnum):
     PILOT_MOMENTUM = 10
     PILOT_ACCEPT = 11
     PROPOSAL = 12
+    LENGTH_MOMENTUM = 13
 
 
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from pyro_aevb.mcmc.hmc import HMCState, _leapfrog, jittered, move, sample, start, transition, value_and_gradient
+from pyro_aevb.mcmc.hmc import HMCState, jittered, leapfrog, move, sample, start, transition, value_and_gradient
 from pyro_aevb.mcmc.noise import RowNoise, Stream
 
 DOUBLE = torch.float64
@@ -106,8 +106,8 @@ def test_a_transition_is_a_plain_integrator_with_metropolis_accept():
 
 def test_a_trajectory_is_reversible():
     state, momentum, drift = start(quartic, randn(4, 5, 3)), randn(4, 5, 3, seed=2), 0.1 + 0.2 * rand(5, 3)
-    end, momentum_end = _leapfrog(lambda u: start(quartic, u), state, momentum, drift, 20)
-    back, momentum_back = _leapfrog(lambda u: start(quartic, u), end, -momentum_end, drift, 20)
+    end, momentum_end = leapfrog(lambda u: start(quartic, u), state, momentum, drift, 20)
+    back, momentum_back = leapfrog(lambda u: start(quartic, u), end, -momentum_end, drift, 20)
     assert (end.position - state.position).abs().mean() > 0.1
     torch.testing.assert_close(back.position, state.position, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(momentum_back, -momentum, rtol=1e-10, atol=1e-10)
@@ -116,7 +116,7 @@ def test_a_trajectory_is_reversible():
 def test_a_trajectory_preserves_volume():
     def flow(point: Tensor) -> Tensor:
         position, momentum = point[:3].reshape(1, 1, 3), point[3:].reshape(1, 1, 3)
-        end, momentum = _leapfrog(differentiable, differentiable(position), momentum, drift, 7)
+        end, momentum = leapfrog(differentiable, differentiable(position), momentum, drift, 7)
         return torch.cat([end.position.flatten(), momentum.flatten()])
 
     drift = torch.tensor([[0.1, 0.4, 0.3]], dtype=DOUBLE)
@@ -130,7 +130,7 @@ def test_the_energy_error_is_of_second_order():
 
     def error(num_leapfrog):
         settings = {"drift": torch.full((3, 3), 1 / num_leapfrog, dtype=DOUBLE), "num_leapfrog": num_leapfrog}
-        end, momentum = _leapfrog(lambda v: start(quartic, v), start(quartic, u), noise, *settings.values())
+        end, momentum = leapfrog(lambda v: start(quartic, v), start(quartic, u), noise, *settings.values())
         return (
             (0.5 * (momentum.square() - noise.square()).sum(-1) - end.log_density + quartic(u)).square().mean().sqrt()
         )
