@@ -2,8 +2,8 @@ r"""One trajectory length for all rows, chosen by how far it carries chains (ChE
 
 A trajectory is long enough where the squared distance to the posterior's centre forgets where it began. Hoffman et al. ("An
 adaptive MCMC scheme for setting trajectory lengths in Hamiltonian Monte Carlo", AISTATS) climb the expected squared change of that
-distance by stochastic gradients. Here it is weighed against its cost, and climbed by no gradient: the leapfrog steps of one trajectory pass
-through the ends of all shorter ones, so that one pass has the criterion at each length.
+distance by stochastic gradients. Here it is weighed against its cost and needs no gradient: the leapfrog steps of one trajectory
+pass through the ends of all shorter ones, so that one pass has the criterion at each length.
 """
 
 import torch
