@@ -283,3 +283,32 @@ def test_an_unknown_method_lists_the_known():
     exact, x = LinearGaussian.fixture()
     with pytest.raises(SettingError, match=r"'aiss'.*'importance'"):
         quiet(exact.model, exact.guide, x, method="aiss")
+
+
+def wide_guide(exact):
+    """The exact posterior's mean with 1.5 times its covariance: weights are bounded, and their errors are honest."""
+
+    def guide(x):
+        best = exact.posterior(x)["z"]
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MultivariateNormal(best.mean, covariance_matrix=1.5 * best.covariance_matrix))
+
+    return guide
+
+
+def test_two_standard_errors_cover_the_truth_as_often_as_they_should():
+    exact = LinearGaussian.fixture()[0]
+    x = exact.simulate(1000, seed=11)[0]
+    result = quiet(exact.model, wide_guide(exact), x, num_samples=5000, seed=0)
+    is_covered = (result.value - exact.log_marginal(x)).abs() <= 2 * result.standard_error
+    # 95.4 % of 1,000 rows, 4 standard errors of a share
+    assert 0.925 <= is_covered.double().mean().item() <= 0.98
+    assert not result.is_flagged.any()
+
+
+@pytest.mark.filterwarnings("ignore::pyro_aevb.errors.UnreliableWarning")
+def test_the_best_mean_field_guide_is_flagged_in_most_rows():
+    exact = LinearGaussian.fixture()[0]
+    x = exact.simulate(1000, seed=12)[0]
+    result = quiet(exact.model, exact.mean_field_guide(at_optimum=True), x, num_samples=5000, seed=0)
+    assert result.is_flagged.double().mean() >= 0.8
