@@ -41,8 +41,8 @@ PILOT_CHAINS = 4
 """Chains of a row that are enough to tune its steps."""
 
 _PILOT_SHARE = 0.5
-_FEWEST_PILOT_STEPS, _MOST_PILOT_STEPS = 60, 300
-"""The pilot takes a step for every other temperature, but so many at least and at most."""
+_FEW_PILOT_STEPS, _MOST_PILOT_STEPS = 60, 300
+"""The pilot takes a step for every other temperature; where these are fewer than 60, up to three for each, and never over 300."""
 _WARM_UP_STEPS = 10
 _GAIN = 0.2
 """Change of a log step size for each unit that acceptance is off its target."""
@@ -174,8 +174,8 @@ def tune(
     steps of one size could make each trajectory a period of the dynamics (Neal 2011, section 5.4.2.2), after which chains stand
     where they stood; on three normal latents that makes the variance of log weights five times larger.
 
-    Costs about ``T / 2 * num_leapfrog`` evaluations (at least for 60 and at most for 300 temperatures) of each of the pilot's
-    chains; ``PILOT_CHAINS`` are enough.
+    Costs about ``T / 2 * num_leapfrog`` evaluations of each of the pilot's chains (more for fewer than 120 temperatures, and no
+    more than for 600); ``PILOT_CHAINS`` are enough.
 
     Args:
         path: As in :func:`anneal`.
@@ -277,7 +277,8 @@ def _mean_acceptance(before: _PathState, info: HMCInfo, target: float) -> PerRow
 
 def _visited(num_between: int) -> Tensor:
     """Choose the temperatures of the pilot's steps, evenly; where they are few, each for several steps."""
-    count = min(_MOST_PILOT_STEPS, max(_FEWEST_PILOT_STEPS, round(_PILOT_SHARE * num_between)))
+    count = max(round(_PILOT_SHARE * num_between), min(_FEW_PILOT_STEPS, 3 * num_between))
+    count = min(count, _MOST_PILOT_STEPS)
     return torch.linspace(0, num_between - 1, count, dtype=torch.float64).round().long()
 
 

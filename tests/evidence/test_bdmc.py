@@ -1,0 +1,199 @@
+"""Bidirectional Monte Carlo: bounds on both sides of exact evidences, and the data that it simulates."""
+
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_aevb._types import Args, Kwargs, Values
+from pyro_aevb.errors import ModelError, SettingError
+from pyro_aevb.evidence.bdmc import BDMCResult, bdmc
+from pyro_aevb.evidence.result import Status
+from pyro_aevb.testing import EightSchools, GammaPoisson, LinearGaussian, NormalNormal
+
+
+class Recorder:
+    """Puts simulated values of site ``x`` into the batch and keeps them."""
+
+    def __init__(self) -> None:
+        self.x: list[Tensor] = []
+
+    def __call__(self, values: Values, args: Args, kwargs: Kwargs) -> tuple[Args, dict[str, Any]]:
+        self.x.append(values["x"])
+        return (values["x"],), {}
+
+
+def run(model, guide, *template: Tensor, **settings) -> BDMCResult:
+    return bdmc(model, guide, *template, progress=False, **{"seed": 0, **settings})
+
+
+def test_bounds_lie_on_both_sides_of_the_truth_and_meet():
+    exact, template = LinearGaussian.fixture()
+    gaps = []
+    for temperatures in (10, 60):
+        recorder = Recorder()
+        settings = {"num_simulations": 200, "num_temperatures": temperatures, "num_leapfrog": 4}
+        result = run(exact.model, None, template, to_batch=recorder, **settings)
+        truth = exact.log_marginal(recorder.x[0])
+        summary = result.summary()
+        assert summary.lower - truth.mean() < 3 * (result.lower - truth).std() / 200**0.5
+        assert truth.mean() - summary.upper < 3 * (result.upper - truth).std() / 200**0.5
+        # Markov: a bound is wrong by more than b nats with a probability of at most exp(-b)
+        assert ((result.lower - truth) < math.log(1e5)).all()
+        assert ((truth - result.upper) < math.log(1e5)).all()
+        gaps.append(summary.gap)
+    assert gaps[0] > 0.5
+    assert gaps[1] < 0.25
+
+
+def test_a_start_at_the_exact_guide_leaves_no_gap():
+    exact, template = GammaPoisson.fixture()
+    result = run(exact.model, exact.guide, template, num_simulations=1, num_temperatures=4, data_plate="data")
+    assert abs(result.gap) < 1e-9
+    assert result.start == "guide"
+    assert result.status == (Status.OK,)
+
+
+def test_globals_are_given_or_drawn_from_the_guide():
+    exact, template = NormalNormal.fixture()
+    settings = {"num_simulations": 300, "num_temperatures": 3, "num_leapfrog": 2}
+    recorder = Recorder()
+    given = run(exact.model, None, template, given={"g": torch.tensor(50.0).double()}, to_batch=recorder, **settings)
+    x = recorder.x[0]
+    spread = math.sqrt(exact.local_scale**2 + exact.noise_scale**2)
+    assert abs(x.mean() - 50) < 4 * spread / 300**0.5
+    truth = dist.Normal(50.0, spread).log_prob(x)
+    assert given.label == "log p(x | globals)"
+    assert (given.lower - truth).mean() < 3 * (given.lower - truth).std() / 300**0.5
+    assert (truth - given.upper).mean() < 3 * (truth - given.upper).std() / 300**0.5
+    drawn = run(exact.model, exact.guide, template, to_batch=recorder, **settings)
+    center = exact.posterior(template)["g"]
+    assert abs(recorder.x[1].mean() - center.mean) < 4 * (center.stddev + spread / 300**0.5)
+    assert (drawn.gap.abs() < 1e-9).all()
+
+
+def test_a_whole_model_is_simulated_data_set_by_data_set():
+    exact, template = EightSchools.fixture()
+    settings = {"num_chains": 100, "num_temperatures": 20, "num_leapfrog": 3}
+    result = run(exact.model, None, template, num_simulations=2, data_plate=None, **settings)
+    assert result.label == "joint log evidence"
+    assert len(result) == 2
+    assert result.lower[0] != result.lower[1]
+    errors = 4 * (result.lower_standard_error + result.upper_standard_error)
+    assert (result.gap.abs() < errors + 0.5).all()
+
+
+def conditional(x: Tensor, weight: Tensor) -> None:
+    """Observe x by a covariate."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros_like(weight), 1.0))
+        pyro.sample("x", dist.Normal(z * weight, 0.5), obs=x)
+
+
+def test_covariates_are_used_observations_ignored_and_rows_recycled():
+    weight = torch.tensor([0.0, 30.0], dtype=torch.float64)
+    settings = {"num_simulations": 6, "num_temperatures": 5, "num_leapfrog": 1}
+    first = run(conditional, None, torch.zeros(2).double(), weight=weight, **settings)
+    second = run(conditional, None, torch.full((2,), 1e6).double(), weight=weight, **settings)
+    assert torch.equal(first.lower, second.lower)
+    # rows of weight 0 have log p(x) = log N(x; 0, .5) whatever z is: no gap
+    assert (first.gap[::2].abs() < 1e-9).all()
+    assert (first.gap[1::2].abs() > 1e-9).all()
+
+
+def test_rows_do_not_hang_on_chunks_and_seeds_reproduce():
+    exact, template = LinearGaussian.fixture()
+    settings = {"num_simulations": 7, "num_temperatures": 4, "num_leapfrog": 1}
+    whole, parts = (run(exact.model, None, template, chunk_size=size, **settings) for size in (None, 3))
+    torch.testing.assert_close(parts.lower, whole.lower, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(parts.upper, whole.upper, rtol=1e-10, atol=1e-10)
+    assert not torch.isclose(run(exact.model, None, template, **{**settings, "seed": 1}).lower, whole.lower).any()
+
+
+def test_the_summary_and_the_table_hold_the_rows():
+    rows = {"lower": [1.0, 3.0], "upper": [2.0, 3.5], "lower_standard_error": [0.3, 0.4]}
+    rest = {"upper_standard_error": [0.6, 0.8], "acceptance": [0.6, 0.7], "reverse_acceptance": [0.6, 0.7]}
+    entries = {name: torch.tensor(entry, dtype=torch.float64) for name, entry in (rows | rest).items()}
+    status = (Status.OK, Status.UNRELIABLE)
+    result = BDMCResult(**entries, status=status, label="log p(x)", start="prior", num_chains=16, num_temperatures=9)
+    summary = result.summary()
+    assert (summary.lower, summary.upper, summary.gap) == (2.0, 2.75, 0.75)
+    assert summary.lower_standard_error == pytest.approx(0.25)
+    assert summary.upper_standard_error == pytest.approx(0.5)
+    assert summary.gap_standard_error == pytest.approx(0.25)
+    assert summary.num_flagged == 1
+    table = result.to_pandas()
+    assert table["gap"].tolist() == [1.0, 0.5]
+    assert table["status"].tolist() == ["ok", "unreliable"]
+    assert table.attrs["num_temperatures"] == 9
+    for text in (repr(result), result._repr_html_()):
+        assert "simulated from the model" in text
+        assert "0.7500" in text
+
+
+def test_what_cannot_be_bounded_is_refused():
+    exact, template = LinearGaussian.fixture()
+    hierarchical, rows = NormalNormal.fixture()
+    with pytest.raises(SettingError, match="num_simulations"):
+        run(exact.model, None, template, num_simulations=0)
+    with pytest.raises(SettingError, match="num_chains"):
+        run(exact.model, None, template, num_chains=-1)
+    with pytest.raises(SettingError, match="num_temperatures"):
+        run(exact.model, None, template, num_temperatures=0)
+    with pytest.raises(SettingError, match="Did you mean 'num_temperatures'"):
+        run(exact.model, None, template, num_temperature=10)
+    with pytest.raises(SettingError, match="guide"):
+        run(exact.model, None, template, start="guide")
+    with pytest.raises(ModelError, match="'g'"):
+        run(hierarchical.model, None, rows)
+
+    def own_rows(x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    with pytest.raises(ModelError, match="draws rows"):
+        run(own_rows, None, torch.zeros(6))
+
+    def computed(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=2 * x)
+
+    with pytest.raises(ModelError, match="to_batch"):
+        run(computed, None, torch.zeros(3))
+
+
+@pytest.mark.slow
+def test_the_gap_falls_with_temperatures():
+    exact, template = LinearGaussian.fixture()
+    gaps = []
+    for temperatures in (20, 200, 400):
+        recorder = Recorder()
+        result = run(exact.model, None, template, to_batch=recorder, num_temperatures=temperatures)
+        truth, summary = exact.log_marginal(recorder.x[0]).mean().item(), result.summary()
+        assert summary.lower - 3 * summary.lower_standard_error <= truth
+        assert truth <= summary.upper + 3 * summary.upper_standard_error
+        gaps.append(summary.gap)
+    assert gaps[0] > gaps[1]
+    assert gaps[2] <= 0.05
+
+
+@pytest.mark.slow
+def test_bounds_hold_in_twenty_repetitions():
+    exact, template = LinearGaussian.fixture()
+    lower, upper, truths = [], [], []
+    for seed in range(20):
+        recorder = Recorder()
+        result = run(exact.model, None, template, to_batch=recorder, num_temperatures=50, seed=seed)
+        truth, summary = exact.log_marginal(recorder.x[0]).mean().item(), result.summary()
+        assert summary.lower - 3 * summary.lower_standard_error <= truth
+        assert truth <= summary.upper + 3 * summary.upper_standard_error
+        lower.append(summary.lower)
+        upper.append(summary.upper)
+        truths.append(truth)
+    assert sum(lower) <= sum(truths) <= sum(upper)
