@@ -101,27 +101,28 @@ def two_modes(x: Tensor) -> None:
     """Observe the square of a latent: two modes, of which a guide may know one."""
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-        pyro.sample("x", dist.Normal(z.square(), 0.1), obs=x)
+        pyro.sample("x", dist.Normal(z.square(), 0.25), obs=x)
 
 
 def right_mode(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(x.sqrt(), 0.03))
+        pyro.sample("z", dist.Normal(x.sqrt(), 0.12 / x.sqrt()))
 
 
 def by_quadrature(x: Tensor) -> Tensor:
     z = torch.linspace(-8, 8, 160_001, dtype=torch.float64)
-    log_joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z.square(), 0.1).log_prob(x[:, None])
+    log_joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z.square(), 0.25).log_prob(x[:, None])
     return log_joint.logsumexp(1) + math.log(z[1] - z[0])
 
 
 def test_a_mode_that_the_guide_misses_is_found_by_the_audit():
-    x = torch.linspace(1.0, 2.0, 10, dtype=torch.float64)
-    settings = {"num_chains": 64, "num_temperatures": 40, "num_leapfrog": 3}
+    x = torch.linspace(1.5, 2.5, 10, dtype=torch.float64)
+    settings = {"num_chains": 64, "num_temperatures": 50, "num_leapfrog": 3}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         blind = ais(two_modes, right_mode, x, audit=0.0, **settings)
-    assert (blind.value - (by_quadrature(x) - math.log(2))).abs().max() < 0.05
+    assert ((blind.value - (by_quadrature(x) - math.log(2))).abs() < 5 * blind.standard_error).all()
+    assert (blind.standard_error < 0.1).all()
     with pytest.warns(UnreliableWarning, match="from the guide and from the prior differ"):
         result = ais(two_modes, right_mode, x, audit=0.5, **settings)
     assert torch.equal(result.value, blind.value)
@@ -132,7 +133,7 @@ def test_a_mode_that_the_guide_misses_is_found_by_the_audit():
 
 
 def test_audited_rows_do_not_hang_on_chunks():
-    x = torch.linspace(1.0, 2.0, 10, dtype=torch.float64)
+    x = torch.linspace(1.5, 2.5, 10, dtype=torch.float64)
     settings = {"num_temperatures": 6, "num_leapfrog": 1, "audit": 0.3}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableWarning)
