@@ -122,11 +122,33 @@ def test_backwards_the_mean_weight_is_unbiased_for_the_inverse_ratio():
 
 
 def test_tuned_runs_are_unbiased_over_rows():
-    # The pilot's noise is not the run's: else the steps would know the chains that they move.
     path, exact, _ = linear_gaussian(4000)
     _, result = run(path, noise_of(4000), chains=4, dim=3, temperatures=40, rows=4000)
     ratios = (result.log_weights - exact).exp().mean(0)
     assert abs(ratios.mean() - 1) < 4 * ratios.std() / 4000**0.5
+
+
+class Watched(RowNoise):
+    """Row noise that remembers what it was asked for."""
+
+    def __init__(self, *args, **settings) -> None:
+        super().__init__(*args, **settings)
+        self.asked: list[tuple[int, int]] = []
+
+    def normal(self, stream: int, step: int, num_chains: int, dim: int) -> Tensor:
+        self.asked.append((stream, step))
+        return super().normal(stream, step, num_chains, dim)
+
+    def uniform(self, stream: int, step: int, num_chains: int) -> Tensor:
+        self.asked.append((stream, step))
+        return super().uniform(stream, step, num_chains)
+
+
+def test_no_number_is_used_twice():
+    noise = Watched(0, torch.arange(3), dtype=torch.float64)
+    run(linear_gaussian(3)[0], noise, chains=5, dim=3, temperatures=30, rows=3)
+    assert len(noise.asked) > 2 * 29
+    assert len(set(noise.asked)) == len(noise.asked)
 
 
 def test_end_states_with_their_weights_are_draws_from_the_end():
