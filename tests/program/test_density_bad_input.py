@@ -34,6 +34,10 @@ def by_later_rows(x):
     one_latent(x, lambda z: pyro.sample("x", dist.Normal(z.flip(-1).cumsum(-1).flip(-1), 1.0), obs=x))
 
 
+def by_earlier_rows(x):
+    one_latent(x, lambda z: pyro.sample("x", dist.Normal(z.cumsum(-1), 1.0), obs=x))
+
+
 def by_mean_of_latents(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -49,7 +53,14 @@ def by_moving_support(x):
 
 
 @pytest.mark.parametrize(
-    ("model", "site"), [(by_neighbours, "x"), (by_later_rows, "x"), (by_mean_of_latents, "w"), (by_moving_support, "w")]
+    ("model", "site"),
+    [
+        (by_neighbours, "x"),
+        (by_later_rows, "x"),
+        (by_earlier_rows, "x"),
+        (by_mean_of_latents, "w"),
+        (by_moving_support, "w"),
+    ],
 )
 def test_rows_that_are_not_independent(model, site):
     with pytest.raises(ModelError, match=rf"Rows are not independent: .* site '{site}'.*data_plate=None") as caught:

@@ -277,6 +277,24 @@ def test_models_that_draw_their_own_rows_and_guides_of_each_row():
     torch.testing.assert_close(proposal.rows(rows).log_density(u[:, rows]), log_q[:, rows])
 
 
+def test_rows_of_a_plate_with_a_size_of_its_own_run_in_any_number():
+    """Such a plate draws indices anew for each number of rows."""
+
+    def model(x):
+        with pyro.plate("data", 60_000, subsample_size=len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 60_000, subsample_size=len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5))
+
+    _, proposal = both(model, guide, X)
+    for rows in (slice(0, 4), slice(4, 6)):
+        u, log_q = proposal.rows(rows).draw(3, seed=0)
+        torch.testing.assert_close(proposal.rows(rows).log_density(u), log_q)
+        torch.testing.assert_close(log_q, dist.Normal(X[rows] / 2, 0.5).log_prob(u[..., 0]))
+
+
 def test_the_whole_model_as_one_row():
     model, x = NormalNormal.fixture()
     density = LogDensity(model.model, x, data_plate=None)
