@@ -78,7 +78,7 @@ def find_bridge(
     log_odds = effective_size.double().log() - math.log(len(second))  # log s_1 / s_2
     both = torch.cat([first, second])
     is_weight = both.isfinite()
-    is_sound = ~both.isnan().any(0) & is_weight[len(first) :].any(0) & is_weight[: len(first)].all(0)
+    is_sound = (both < math.inf).all(0) & is_weight[len(first) :].any(0) & is_weight[: len(first)].all(0)
     first, second = first.where(is_sound, 0.0), second.where(is_sound, 0.0)
     both = torch.cat([first, second])
     # where proposals fall outside the support, the second mean is below 1 by their share at most

@@ -39,7 +39,7 @@ _STORED_STEPS = 50
 _FORK = 0xC4EC
 """Which fork of a row's noise is for the check: other numbers than those of the chains and their starts."""
 _OUTLIER = 10.0
-"""A prior draw that weighs so many times the mean lies where the fitted density does not."""
+"""A prior draw lies where the fitted density is not, if it weighs so many times the mean and the prior is so many times denser."""
 _MAX_MISSED = 0.05
 
 
@@ -180,13 +180,14 @@ def check_with_prior(problem: Problem, fitted: RowGaussian, num_draws: int) -> C
     prior = problem.density.draw_prior(num_draws, seed=noise.seed % 2**31).double()
     u = torch.cat([propose(replace(problem, noise=noise), fitted, num_draws, step=0), prior])
     density = evaluate(problem.density, u)
-    log_weights = density.log_joint - torch.logaddexp(fitted.log_density(u), density.log_prior) + math.log(2)
+    log_fitted = fitted.log_density(u)
+    log_weights = density.log_joint - torch.logaddexp(log_fitted, density.log_prior) + math.log(2)
     log_weights = log_weights.where(~log_weights.isnan(), -math.inf)
     weights = relative_weights(log_weights)
-    total, from_prior = weights.sum(0), weights[num_draws:]
-    is_outlier = from_prior > _OUTLIER * weights.mean(0)
+    is_outlier = (weights > _OUTLIER * weights.mean(0)) & (density.log_prior > log_fitted + math.log(_OUTLIER))
+    total = weights.sum(0)
     return Check(
         log_mean_exp(log_weights, 0),
         weights.std(0) * math.sqrt(len(weights)) / total,
-        (from_prior * is_outlier).sum(0) / total,
+        (weights * is_outlier)[num_draws:].sum(0) / total,
     )

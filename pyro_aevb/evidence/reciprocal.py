@@ -39,7 +39,7 @@ def reciprocal_value(log_weights: Float[Tensor, "draws rows"]) -> PerRow:
     The mean is unbiased for 1/p(x) if the draws are exact, so minus its logarithm is a stochastic **upper** bound on log p(x).
 
     Example:
-        >>> reciprocal_value(torch.full((50, 2), 3.0)).tolist()
+        >>> [round(value, 9) for value in reciprocal_value(torch.full((50, 2), 3.0)).tolist()]
         [-3.0, -3.0]
     """
     return -log_mean_exp(log_weights.double(), 0)
@@ -77,7 +77,8 @@ class Reciprocal(ChainEstimator):
     Args:
         num_kept: L, at most half of all draws, evenly spaced; ``None`` for that half.
         truncate: Cut q to the ellipsoid that holds this share of it, so that weights are bounded where p(x, u) is (Geweke 1999,
-            who takes 0.95 or so); ``None`` for the whole density, which is the paper's.
+            who takes 0.95 or so); ``None`` for the whole density, which is the paper's. It mends rows whose k-hat says that
+            q's tails are heavier than the posterior's, as they are for logarithms of gamma variables.
         **settings: Those of :class:`~pyro_aevb.evidence.chains.ChainEstimator`.
 
     Raises:
@@ -111,10 +112,7 @@ class Reciprocal(ChainEstimator):
         q = fit_gaussian(_spread(first.position, num_kept))
         log_weights = self._log_density(q, second.position) - second.log_joint
         kept = _spread(log_weights, num_kept)
-        value, k_hat = (
-            reciprocal_value(kept),
-            pareto_k_hat(kept.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)),
-        )
+        value, k_hat = reciprocal_value(kept), self._k_hat(kept)
         size = effective_size(relative_weights(log_weights)).clamp(max=num_kept)
         standard_error = void_error(reciprocal_error(kept, size), k_hat)
         check = check_with_prior(problem, q, num_kept)
@@ -150,6 +148,12 @@ class Reciprocal(ChainEstimator):
         is_inside = distance <= chdtri(q.dim, 1 - self.truncate)
         return (log_density - math.log(self.truncate)).where(is_inside, -math.inf)
 
+    def _k_hat(self, log_weights: Float[Tensor, "draws rows"]) -> PerRow:
+        """Return Pareto k-hat of the weights q / p; NaN where q is cut, since bounded weights have no tail to judge."""
+        if self.truncate is not None:
+            return torch.full_like(log_weights[0], math.nan)
+        return pareto_k_hat(log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf))
+
     def _warn_beyond_the_paper(self, dim: int, num_kept: int) -> None:
         """Say where the paper's own settings are known to fail."""
         if dim >= _PAPER_DIM and num_kept <= _PAPER_DRAWS:
@@ -162,6 +166,6 @@ class Reciprocal(ChainEstimator):
 
 
 def _spread(values: Tensor, count: int) -> Tensor:
-    """Take so many draws, evenly spaced over time and chains: ``[chains, draws, ...]`` becomes ``[count, ...]``."""
-    in_time = values.transpose(0, 1).flatten(0, 1)
-    return in_time[torch.linspace(0, len(in_time) - 1, count, device=values.device).round().long()]
+    """Take so many draws, evenly from all chains and far apart within each: ``[chains, draws, ...]`` becomes ``[count, ...]``."""
+    chains = values.flatten(0, 1)
+    return chains[torch.linspace(0, len(chains) - 1, count, device=values.device).round().long()]
