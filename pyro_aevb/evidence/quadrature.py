@@ -36,9 +36,8 @@ _GRID = {1: 256, 2: 96, 3: 32}
 _SPLIT = {1: 64, 2: 512, 3: 1024}
 """Cells of a row that are halved in a round: more than resolved unimodal mass fills."""
 
-_MAX_SHARE = 0.25
-"""A cell with more of the mass than this means that mass is not resolved, whatever the total did."""
-
+_STEEP = 1.0
+"""A cell that may hold more than e times its mass is not resolved. Cells of no density are among them."""
 _MAX_SLOPE = 1e6
 _FADING = math.log(4)  # a cell without density whose parts have none either is worth a look, but less at each level
 _RIM = 1 / 8
@@ -64,7 +63,7 @@ class Integral(NamedTuple):
     Attributes:
         value: Of each row, in nats.
         change: How far the last halving of every cell moved it, and the share that may be in cells which never
-            were, or whose midpoint has no density.
+            were, or are not resolved.
         tails: Share of the mass in the lowest and in the highest eighth of each axis.
     """
 
@@ -109,7 +108,8 @@ def integrate(
     A cell's score is the integral over the cell of the exponential of the log density's tangent at the midpoint,
     :math:`f(m) \prod_d h_d\, \sinh(g_d h_d / 2) / (g_d h_d / 2)`: for a log-concave density no cell holds more than that, so that
     mass much narrower than a cell is seen from the slope beside it. The cells with the highest scores are halved first. Each leaf
-    remembers its part of its parent's mass, so the change is that of one halving of the whole grid, however many rounds it took.
+    remembers its part of its parent's mass, so the change is that of one halving of the whole grid, however many rounds it took;
+    cells that were never halved, or whose score is more than e times their mass, count with their score on top.
 
     What cannot be seen: mass much narrower than a cell of the first grid where other mass drowns its slope.
 
@@ -133,7 +133,7 @@ def integrate(
     box = (low.double(), (high - low).double(), low.dtype)
     cells = _root(target, box)
     result = _assess(cells, box)
-    is_done = _is_done(cells, result, tolerance)
+    is_done = _is_done(result, tolerance)
     for _ in range((max_evaluations - _GRID[dim] ** dim) // (_SPLIT[dim] * 2**dim)):
         if is_done.all():
             break
@@ -146,7 +146,7 @@ def integrate(
                 for old, new in zip(result, fresh, strict=True)
             )
         )
-        is_done = is_done | _is_done(cells, fresh, tolerance)
+        is_done = is_done | _is_done(fresh, tolerance)
     return result
 
 
@@ -243,7 +243,8 @@ def _assess(cells: _Cells, box: Box) -> Integral:
     value = cells.log_mass.logsumexp(0)
     is_undivided = cells.depth == 0
     before = torch.where(is_undivided, cells.log_mass, cells.log_parent).logsumexp(0)
-    doubtful = torch.where(is_undivided | cells.is_empty, cells.score, -math.inf).logsumexp(0)
+    is_unresolved = is_undivided | (cells.score > cells.log_mass + _STEEP)
+    doubtful = torch.where(is_unresolved, cells.score, -math.inf).logsumexp(0)
     change = (value - before).abs() + (doubtful - value).exp()
     share = (cells.log_mass - value).exp()[..., None]
     place = (cells.centre - low) / width
@@ -251,10 +252,9 @@ def _assess(cells: _Cells, box: Box) -> Integral:
     return Integral(value, change, tails)
 
 
-def _is_done(cells: _Cells, result: Integral, tolerance: float) -> Bool[Tensor, " rows"]:
+def _is_done(result: Integral, tolerance: float) -> Bool[Tensor, " rows"]:
     """Say which rows are settled, or hold nothing that could be refined."""
-    is_resolved = (cells.log_mass.amax(0) - result.value).exp() < _MAX_SHARE
-    return ((result.change < tolerance) & is_resolved) | (result.value == -math.inf)
+    return (result.change < tolerance) | (result.value == -math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +268,7 @@ class Quadrature(Estimator):
     far less. A row that did not settle within ``max_evaluations``, or whose box still leaks after 24 doublings, is unreliable.
 
     An estimate, biased to neither side, without randomness. Cost: at most ``max_evaluations`` gradients of a row for each box,
-    in practice 500, 15,000 and 50,000 for one, two and three coordinates.
+    in practice 500, 15,000 and 60,000 for one, two and three coordinates.
 
     Args:
         max_evaluations: Densities evaluated for a row at most; memory grows in proportion.

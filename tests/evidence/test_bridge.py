@@ -191,6 +191,26 @@ class TestEstimator:
         assert 0.9 < z.std() < 1.15
         assert result.standard_error.max() < 0.01
 
+    def test_half_of_the_proposals_outside_the_support(self):
+        # a half-normal as the upper half of a normal: p(x) = 1/2, and HMC meets a wall
+        def upper(u):
+            return torch.zeros_like(u[..., 0]).masked_fill(u[..., 0] < 0, -math.inf)
+
+        density = LogDensity.from_function(
+            standard_log_joint,
+            upper,
+            1,
+            rows=20,
+            dtype=torch.float64,
+            draw_prior=lambda n: torch.randn(n, 20, 1).double(),
+        )
+        problem = Problem(density, None, RowNoise(0, torch.arange(20), dtype=torch.float64))
+        result = Bridge(num_draws=100, warmup_steps=100).estimate(problem)
+        z = (result.value + math.log(2)) / result.standard_error
+        assert z.abs().max() < 4.5
+        assert result.standard_error.max() < 0.1
+        assert (result.lower + math.log(2)).abs().max() < 0.2
+
     def test_a_mode_that_chains_miss_or_share_wrongly_is_told(self):
         modes = TwoModes(dim=2, scale=0.3, place=3.0, rows=12)
         density = modes.density()
@@ -201,7 +221,7 @@ class TestEstimator:
         assert wrong.any()
         assert all(result.status[row] is Status.UNRELIABLE for row in wrong.nonzero().flatten())
 
-    @pytest.mark.parametrize(("dim", "scale", "place"), [(2, 0.3, 4.0), (3, 0.5, 3.0)])
+    @pytest.mark.parametrize(("dim", "scale", "place"), [(2, 0.3, 4.0), (3, 0.5, 3.0), (5, 0.5, 3.0)])
     def test_the_check_finds_a_mode_that_no_chain_saw(self, dim, scale, place):
         modes = TwoModes(dim, scale, place, rows=20)
         torch.manual_seed(0)
@@ -209,9 +229,9 @@ class TestEstimator:
         problem = Problem(density, None, RowNoise(0, torch.arange(20), dtype=density.dtype))
         low = modes.draw_low_mode(1600)
         check = check_with_prior(problem, fit_gaussian(low), 1600)
-        # the bridge of these draws, which lies .36 nats low with an error of a thousandth
+        # the bridge of these draws, which lies .36 nats low; with an error of .1 that alone is no contradiction
         value = torch.full((20,), modes.log_evidence + math.log(0.7)).double()
-        assert check.refutes(value, torch.full_like(value, 1e-3)).double().mean() >= 0.9
+        assert check.refutes(value, torch.full_like(value, 0.1)).double().mean() >= 0.9
         whole = torch.where(torch.rand(1600, 20, 1) < 0.3, -low, low)
         value = torch.full((20,), modes.log_evidence).double()
         sound = check_with_prior(problem, fit_gaussian(whole), 1600)

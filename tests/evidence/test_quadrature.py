@@ -16,6 +16,7 @@ from pyro_aevb.evidence.problem import Problem
 from pyro_aevb.evidence.quadrature import Quadrature, integrate
 from pyro_aevb.evidence.result import Bound, Status
 from pyro_aevb.mcmc.noise import RowNoise
+from pyro_aevb.program.density import LogDensity
 from pyro_aevb.testing import BetaBinomial, GammaPoisson, LinearGaussian, LinearGaussianStateSpace
 
 quadrature = functools.partial(log_marginal, method="quadrature", progress=False)
@@ -52,8 +53,20 @@ class TestIntegrate:
         assert result.change.max() < 0.01
         assert result.value.abs().max() < 0.005
 
-    @pytest.mark.parametrize("correlation", [0.9, 0.99, 0.999])
-    @pytest.mark.parametrize("dim", [2, 3])
+    @pytest.mark.parametrize(("wide", "narrow"), [(0.3, 0.02), (0.1, 0.01), (0.03, 0.003)])
+    def test_a_second_mode_is_seen_by_its_slopes(self, wide, narrow):
+        # the second mode is far narrower than a cell of the first grid, a sixth, and the first mode alone would settle
+        torch.manual_seed(2)
+        first, second = 2 * torch.randn(2, 20, 2).double()
+
+        def target(u):
+            return torch.logaddexp(normal(u, first, wide), normal(u, second, narrow)) - math.log(2)
+
+        result = integrate(target, *box(20, 2, 8.0))
+        assert result.change.max() < 0.01
+        assert result.value.abs().max() < 0.01
+
+    @pytest.mark.parametrize(("dim", "correlation"), [(2, 0.9), (2, 0.99), (2, 0.999), (3, 0.9), (3, 0.99)])
     def test_ridges_askew(self, dim, correlation):
         covariance = torch.full((dim, dim), correlation).double().fill_diagonal_(1.0)
         ridge = MultivariateNormal(torch.zeros(dim).double(), covariance)
@@ -173,6 +186,17 @@ class TestModels:
         result = quadrature(model, None, x)
         assert (result.value - Cauchy(0.0, 1 + noise).log_prob(x)).abs().max() < 0.005
         assert set(result.status) == {"ok"}
+
+    def test_the_box_grows_where_a_few_hundredths_lie_outside(self):
+        density = LogDensity.from_function(
+            normal,
+            lambda u: u.new_zeros(u.shape[:-1]),
+            2,
+            dtype=torch.float64,
+            draw_prior=lambda n: (0.4 * torch.randn(n, 1, 2)).double(),
+        )
+        problem = Problem(density, None, RowNoise(0, torch.arange(1), dtype=torch.float64))
+        assert abs(Quadrature().estimate(problem).value.item()) < 1e-3
 
     @pytest.mark.parametrize(("dim", "scale", "place"), [(2, 0.3, 4.0), (2, 0.1, 3.0), (3, 0.3, 3.0)])
     def test_modes_apart(self, dim, scale, place):

@@ -130,6 +130,8 @@ class TestEstimator:
         # 50 draws at three latents: an error of .07 and no visible bias
         assert 0.05 < errors.std() < 0.1
         assert errors.mean().abs() < 0.025
+        # 50 numbers know their error to a tenth; taken for all the draws, it would be four times too small
+        assert 0.75 < (errors / result.standard_error).std() < 1.4
         assert sum(counts) == pytest.approx(1.0)
 
     def test_draws_that_estimate_are_new_ones(self):
