@@ -22,6 +22,7 @@ from pyro_aevb.mcmc.hmc import Advance, nothing, sample, start
 from pyro_aevb.mcmc.noise import RowNoise
 from pyro_aevb.mcmc.starts import draw_starts
 from pyro_aevb.program.density import LogDensity
+from pyro_aevb.program.model_rows import ModelRows
 from pyro_aevb.program.proposal import GuideDensity
 from pyro_aevb.program.rows import CHUNK_DRAWS, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
@@ -65,7 +66,8 @@ def hmc_posterior(
         warmup_steps: Transitions before that.
         target_accept_prob: Acceptance probability that step sizes are tuned to.
         num_leapfrog: Most leapfrog steps of a transition.
-        chunk_size: Rows sampled at once; by default so many that some 50,000 chains are in memory. It changes no draw.
+        chunk_size: Rows sampled at once; by default so many that some 50,000 chains are in memory. It changes no
+            draw by more than rounding does.
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None`` to treat the whole model as one row, globals
             among its latents.
         seed: Seed of the draws; the generators are left as they were.
@@ -88,11 +90,12 @@ def hmc_posterior(
         ...     with pyro.plate("data", len(x)):
         ...         rate = pyro.sample("rate", dist.Gamma(2.0, 1.5))
         ...         pyro.sample("x", dist.Poisson(rate), obs=x)
-        >>> draws = hmc_posterior(model, torch.tensor([3.0, 0.0, 6.0]), seed=0, progress=False)
+        >>> settings = dict(num_samples=60, warmup_steps=60, seed=0, progress=False)
+        >>> draws = hmc_posterior(model, torch.tensor([3.0, 0.0, 6.0]), **settings)
         >>> draws.samples["rate"].shape
-        torch.Size([16, 200, 3])
+        torch.Size([16, 60, 3])
         >>> exact = torch.tensor([5.0, 2.0, 8.0]) / 2.5
-        >>> bool(((draws.samples["rate"].mean((0, 1)) - exact).abs() < 0.1).all())
+        >>> bool(((draws.samples["rate"].mean((0, 1)) - exact).abs() < 0.2).all())
         True
     """
     _check_settings(num_chains, target_accept_prob)
@@ -103,10 +106,11 @@ def hmc_posterior(
     check_covariates(covariates, hmc_posterior)
     with inferring(seed, model, *([] if guide is None else [guide])):
         density = LogDensity(model, *batch, data_plate=data_plate, given=given, **covariates)
+        _check_one_value(density)
         proposal = None if guide is None else GuideDensity(guide, density)
         key = int(torch.randint(2**31, ())) if seed is None else seed
         noise = RowNoise(key, torch.arange(density.num_rows), dtype=density.dtype, device=density.device)
-        size = density.chunk_rows or chunk_size or max(1, CHUNK_DRAWS // num_chains)
+        size = (density if proposal is None else proposal).chunk_rows or chunk_size or max(1, CHUNK_DRAWS // num_chains)
         parts = []
         with _Bar(density.num_rows * (warmup_steps + num_samples), progress=progress) as bar:
             for begin in range(0, density.num_rows, size):
@@ -123,6 +127,8 @@ def hmc_posterior(
                 )
                 parts.append(replace(draws, samples=_constrain(part, draws.unconstrained)))
     result = concatenate(parts)
+    if density.structure is not None and density.structure.data_plate is None:
+        result = replace(result, samples={name: value.squeeze(2) for name, value in result.samples.items()})
     result.warn_if_unreliable()
     return result
 
@@ -195,6 +201,16 @@ def _check_settings(num_chains: int, target_accept_prob: float) -> None:
         )
     if not 0 < target_accept_prob < 1:
         raise SettingError(f"target_accept_prob must lie between 0 and 1; got {target_accept_prob!r}.")
+
+
+def _check_one_value(density: LogDensity) -> None:
+    """Refuse several values of the globals."""
+    leading = density.source.given.leading if isinstance(density.source, ModelRows) else ()
+    if leading:
+        raise SettingError(
+            f"Chains are conditioned on one value of each global; the given ones have leading axes {list(leading)}. Give one draw "
+            "of them after the other."
+        )
 
 
 def _constrain(density: LogDensity, u: Float[Tensor, "chains draws rows latent"]) -> Values:

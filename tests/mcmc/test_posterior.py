@@ -1,0 +1,327 @@
+"""Posterior draws against exact posteriors, simulated latents and reference draws; rows that go wrong alone."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from posteriordb import Regression, ark, sblrc
+from scipy import stats
+from torch import Tensor
+
+from pyro_aevb.errors import ModelError, SettingError, UnreliableWarning
+from pyro_aevb.mcmc.convergence import mean_ess
+from pyro_aevb.mcmc.draws import PosteriorDraws
+from pyro_aevb.mcmc.noise import RowNoise
+from pyro_aevb.mcmc.posterior import hmc_posterior, sample_rows
+from pyro_aevb.program.density import LogDensity
+from pyro_aevb.status import Status
+from pyro_aevb.testing import (
+    BetaBinomial,
+    EightSchools,
+    ExactModel,
+    GammaPoisson,
+    LinearGaussian,
+    LinearGaussianStateSpace,
+    NormalNormal,
+)
+
+
+def draw(*args: Any, **settings: Any) -> PosteriorDraws:
+    """Draw without a bar; a warning of unreliable rows is an error unless a test expects it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnreliableWarning)
+        return hmc_posterior(*args, **{"seed": 0, "progress": False, **settings})
+
+
+def errors_of(values: Tensor, exact: Tensor) -> Tensor:
+    """Return how far the mean of ``[chains, draws, ...]`` is from an exact one, in its Monte Carlo standard errors."""
+    return (values.mean((0, 1)) - exact) / (values.std((0, 1)) / mean_ess(values).sqrt())
+
+
+def check_moments(values: Tensor, mean: Tensor, sd: Tensor) -> None:
+    """Hold first and second moments within 4 standard errors, which one in 16,000 misses."""
+    centred = (values - mean) / sd
+    assert errors_of(centred, torch.zeros_like(mean)).abs().max() < 4
+    assert errors_of(centred.square(), torch.ones_like(mean)).abs().max() < 4
+
+
+# Exact posteriors
+
+
+@pytest.mark.parametrize("kind", [GammaPoisson, BetaBinomial, LinearGaussian], ids=lambda kind: kind.__name__)
+def test_moments_are_those_of_the_exact_posterior(kind: type[ExactModel]) -> None:
+    exact, _ = kind.fixture()
+    x, _ = exact.simulate(10, seed=5)
+    draws = draw(exact.model, x, num_chains=32, num_samples=100, warmup_steps=60)
+    for name, posterior in exact.posterior(x).items():
+        check_moments(draws.samples[name], posterior.mean, posterior.stddev)
+    assert Status.UNRELIABLE not in draws.status
+
+
+def test_a_guide_does_not_change_what_is_sampled() -> None:
+    # a guide that is the posterior of other data, five standard deviations off
+    exact, _ = LinearGaussian.fixture()
+    x, _ = exact.simulate(10, seed=5)
+    posterior = exact.posterior(x)["z"]
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(posterior.mean[: len(x)] + 3.0, 0.5).to_event(1))
+
+    draws = draw(exact.model, x, guide=guide, num_chains=32, num_samples=100, warmup_steps=60)
+    check_moments(draws.samples["z"], posterior.mean, posterior.stddev)
+
+
+def check_smoother(num_steps: int, num_rows: int) -> None:
+    """Hold states to the RTS smoother."""
+    exact = LinearGaussianStateSpace(num_steps=num_steps)
+    x, _ = exact.simulate(num_rows, seed=2)
+    draws = draw(exact.model, x, num_chains=64, num_samples=100, warmup_steps=80)
+    for name, posterior in exact.posterior(x).items():
+        values = draws.samples[name]
+        check_moments(values, posterior.mean, posterior.stddev.expand(num_rows))
+        # sd about .25 and ESS above 2,500 make these five standard errors and more
+        assert (values.mean((0, 1)) - posterior.mean).abs().max() < 0.025
+        assert (values.std((0, 1)) - posterior.stddev).abs().max() < 0.02
+
+
+def test_states_are_those_of_the_smoother() -> None:
+    check_smoother(num_steps=2, num_rows=3)
+
+
+@pytest.mark.slow
+def test_states_of_long_series_are_those_of_the_smoother() -> None:
+    check_smoother(num_steps=20, num_rows=5)
+
+
+def test_ranks_of_simulated_latents_are_uniform() -> None:
+    # Talts et al. (2018), with the log joint as a further quantity (Modrak et al. 2023): 1,000 rows at once
+    exact, _ = LinearGaussian.fixture()
+    x, latents = exact.simulate(1000, seed=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)  # 480 draws of a row are few
+        settings: dict[str, Any] = {"num_chains": 8, "num_samples": 60, "warmup_steps": 60, "num_leapfrog": 8}
+        draws = hmc_posterior(exact.model, x, **settings, seed=0, progress=False)
+    truth = latents["z"]
+    log_joint = LogDensity(exact.model, x).log_joint(truth)
+    drawn = torch.cat((draws.unconstrained, draws.log_joint[..., None]), -1).flatten(0, 1)
+    ranks = (drawn < torch.cat((truth, log_joint[:, None]), -1)).double().mean(0)
+    for quantity in ranks.T:
+        assert stats.kstest(quantity.numpy(), "uniform").pvalue > 1e-3
+
+
+# Globals
+
+
+def test_rows_are_conditioned_on_given_globals() -> None:
+    exact, x = NormalNormal.fixture()
+    given = torch.tensor(1.5, dtype=torch.float64)
+    draws = draw(exact.model, x, given={"g": given}, num_chains=32, num_samples=60, warmup_steps=60)
+    precision = exact.local_scale**-2 + exact.noise_scale**-2
+    mean = (given * exact.local_scale**-2 + x * exact.noise_scale**-2) / precision
+    check_moments(draws.samples["z"], mean, torch.full_like(mean, precision**-0.5))
+
+
+def test_globals_must_be_given_and_one_at_a_time() -> None:
+    exact, x = NormalNormal.fixture()
+    with pytest.raises(ModelError, match="'g'"):
+        draw(exact.model, x)
+    with pytest.raises(SettingError, match=r"one value of each global.*\[3\]"):
+        draw(exact.model, x, given={"g": torch.zeros(3, dtype=torch.float64)})
+
+
+def test_a_whole_model_is_one_row() -> None:
+    exact, x = NormalNormal.fixture()
+    draws = draw(exact.model, x, data_plate=None, num_chains=64, num_samples=80, warmup_steps=80)
+    assert len(draws) == 1
+    assert {name: tuple(value.shape) for name, value in draws.samples.items()} == {"g": (64, 80), "z": (64, 80, 8)}
+    for name, posterior in exact.posterior(x).items():
+        check_moments(draws.samples[name], posterior.mean, posterior.stddev)
+
+
+@pytest.mark.slow
+def test_eight_schools() -> None:
+    exact, y = EightSchools.fixture()
+    draws = draw(exact.model, y, data_plate=None, num_chains=64, num_samples=300, warmup_steps=300)
+    assert draws.ess.item() >= 2000
+    assert draws.samples["mu"].mean().item() == pytest.approx(4.397, abs=0.25)
+    assert draws.samples["tau"].mean().item() == pytest.approx(3.598, abs=0.25)
+    assert draws.samples["mu"].std().item() == pytest.approx(3.318, abs=0.25)
+    assert draws.samples["tau"].std().item() == pytest.approx(3.220, abs=0.35)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [sblrc, ark], ids=lambda make: make.__name__)
+def test_posteriordb(make: Callable[[], Regression]) -> None:
+    regression = make()
+    draws = draw(regression.model, *regression.batch, data_plate=None, num_chains=32, warmup_steps=500)
+    for name, expected in regression.mean.items():
+        values, sd = draws.samples[name], regression.sd[name]
+        error = (values.var((0, 1)) / mean_ess(values) + sd.square() / regression.num_draws).sqrt()
+        assert ((values.mean((0, 1)) - expected) / error).abs().max() < 4, name
+        assert (values.std((0, 1)) / sd - 1).abs().max() < 0.1, name
+
+
+# Rows that go wrong
+
+
+def square(x: Tensor) -> None:
+    """Observe the square of a latent: two modes where it is far above 0."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 3.0))
+        pyro.sample("x", dist.Normal(z.square(), 0.5), obs=x)
+
+
+def root(x: Tensor) -> None:
+    """Know the positive root alone."""
+    with pyro.plate("data", len(x)):
+        positive = x.clamp(min=0)
+        pyro.sample("z", dist.Normal(positive.sqrt(), torch.where(positive > 1, 0.15, 0.5)))
+
+
+@pytest.mark.parametrize("guide", [None, root], ids=["without guide", "with guide"])
+def test_modes_that_chains_do_not_connect_are_told(guide: Callable[..., None] | None) -> None:
+    x = torch.tensor([9.0, -1.0], dtype=torch.float64).repeat_interleave(100)
+    with pytest.warns(UnreliableWarning, match="of 200 rows"):
+        draws = hmc_posterior(square, x, guide=guide, num_samples=150, warmup_steps=100, seed=0, progress=False)
+    two, one = draws.is_flagged.double().view(2, -1).mean(1)
+    # eight annealed chains all end in the guide's mode in about one row of a hundred; chance flags a few of the others
+    assert two >= 0.95
+    assert one <= 0.1
+    is_positive = (draws.samples["z"][..., :100] > 0).double().mean((1, 2))
+    assert is_positive[8:].mean().item() == pytest.approx(0.5, abs=0.1)
+    if guide is root:
+        assert (is_positive[:8] == 1).all()  # the guide's half alone would have looked converged
+        assert (draws.nested_r_hat[:100] > 1.01).double().mean() >= 0.95
+
+
+def normals(spoil: Callable[[Tensor], Tensor] | None = None) -> LogDensity:
+    """Return four rows of two normals; the third row's likelihood is spoilt."""
+    sds = torch.tensor([0.1, 1.0, 3.0, 10.0], dtype=torch.float64)
+
+    def likelihood(u: Tensor) -> Tensor:
+        rows = [-0.5 * (u[..., row, :] / sds[row]).square().sum(-1) for row in range(4)]
+        if spoil is not None:
+            rows[2] = spoil(u[..., 2, :])
+        return torch.stack(rows, -1)
+
+    return LogDensity.from_function(
+        lambda u: -0.5 * u.square().sum(-1),
+        likelihood,
+        2,
+        rows=4,
+        dtype=torch.float64,
+        draw_prior=lambda count: torch.randn(count, 4, 2, dtype=torch.float64),
+    )
+
+
+def sample(density: LogDensity, **settings: Any) -> PosteriorDraws:
+    noise = RowNoise(0, torch.arange(density.num_rows), dtype=density.dtype)
+    return sample_rows(density, None, noise, **{"num_samples": 80, "warmup_steps": 60, **settings})
+
+
+def nan(u: Tensor) -> Tensor:
+    return u.sum(-1) * math.nan
+
+
+def zero(u: Tensor) -> Tensor:
+    return torch.full_like(u[..., 0], -math.inf)
+
+
+def improper(u: Tensor) -> Tensor:
+    return u.square().sum(-1)
+
+
+@pytest.mark.parametrize("spoil", [nan, zero, improper], ids=lambda spoil: spoil.__name__)
+def test_a_broken_row_is_flagged_and_leaves_the_others_alone_bit_for_bit(spoil: Callable[[Tensor], Tensor]) -> None:
+    clean, spoilt = sample(normals()), sample(normals(spoil))
+    others = [0, 1, 3]
+    assert torch.equal(clean.unconstrained[:, :, others], spoilt.unconstrained[:, :, others])
+    assert torch.equal(clean.ess[others], spoilt.ess[others])
+    assert [clean.status[row] for row in others] == [spoilt.status[row] for row in others]
+    assert clean.status[2] is not Status.UNRELIABLE
+    assert spoilt.status[2] is Status.UNRELIABLE
+
+
+# Chunks, seeds, settings
+
+
+@pytest.mark.parametrize("has_guide", [False, True], ids=["without guide", "with guide"])
+def test_chunks_change_nothing(has_guide: bool) -> None:
+    exact, _ = GammaPoisson.fixture()
+    x, _ = exact.simulate(5, seed=4)
+    # short chains: the last bit of a density depends on the length of the vector, and chains let it grow
+    settings: dict[str, Any] = {"num_chains": 4, "num_samples": 10, "warmup_steps": 10, "seed": 7, "progress": False}
+    settings |= {"guide": exact.guide} if has_guide else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        whole = hmc_posterior(exact.model, x, **settings)
+        parts = hmc_posterior(exact.model, x, chunk_size=3, **settings)
+    torch.testing.assert_close(parts.unconstrained, whole.unconstrained, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(parts.samples["rate"], whole.samples["rate"], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(parts.ess, whole.ess, rtol=1e-8, atol=0)
+    assert parts.status == whole.status
+
+
+def test_a_seed_draws_the_same_again_and_leaves_the_generator_alone() -> None:
+    x = torch.tensor([1.0, 3.0])
+    settings: dict[str, Any] = {"num_chains": 2, "num_samples": 5, "warmup_steps": 5, "progress": False}
+    state = torch.random.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        first, again, other = (hmc_posterior(square, x, seed=seed, **settings).unconstrained for seed in (1, 1, 2))
+        assert torch.equal(torch.random.get_rng_state(), state)
+        free = hmc_posterior(square, x, **settings).unconstrained
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, free)
+
+
+def test_draws_are_carried_to_their_supports() -> None:
+    exact, x = GammaPoisson.fixture()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        draws = hmc_posterior(exact.model, x, num_chains=4, num_samples=10, warmup_steps=5, seed=0, progress=False)
+    torch.testing.assert_close(draws.samples["rate"], draws.unconstrained[..., 0].exp())
+    density = LogDensity(exact.model, x)
+    torch.testing.assert_close(draws.log_joint, density.log_joint(draws.unconstrained))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_chains": 15}, "num_chains must be an even integer of at least 2.*got 15"),
+        ({"num_chains": 0}, "num_chains.*got 0"),
+        ({"target_accept_prob": 1.0}, "target_accept_prob must lie between 0 and 1; got 1.0"),
+        ({"num_samples": 0}, "num_samples must be an integer of at least 1, got 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be an integer of at least 1, got -1"),
+        ({"num_leapfrog": 0}, "num_leapfrog must be an integer of at least 1, got 0"),
+        ({"chunk_size": 0}, "chunk_size must be an integer of at least 1, got 0"),
+        ({"num_chain": 8}, "no setting 'num_chain'. Did you mean 'num_chains'"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_told(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        draw(square, torch.ones(2), **settings)
+
+
+def test_progress_adds_up() -> None:
+    told: list[float] = []
+    sample(normals(), num_samples=13, warmup_steps=17, advance=told.append)
+    assert sum(told) == pytest.approx(1)
+    assert min(told) > 0
+    assert np.max(told) < 0.1
+
+
+def test_the_bar_ends_where_it_should(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        hmc_posterior(square, torch.ones(3), num_chains=2, num_samples=4, warmup_steps=6, chunk_size=2, seed=0)
+    assert "30.0/30.0" in capsys.readouterr().err
