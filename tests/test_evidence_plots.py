@@ -28,7 +28,9 @@ def importance():
 @pytest.fixture
 def ais(importance):
     value = importance.value + 0.05
-    return replace(importance, value=value, lower=value - 0.2, upper=value + 0.3, method="ais", status=(Status.OK,) * 12)
+    return replace(
+        importance, value=value, lower=value - 0.2, upper=value + 0.3, method="ais", status=(Status.OK,) * 12
+    )
 
 
 class TestForest:

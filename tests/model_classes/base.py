@@ -47,6 +47,7 @@ class ModelClass:
         features: Per site, what of its value has moments worth comparing (cosine and sine of an angle).
         compared: Per site, from a batch to the elements that have a posterior; others are masked out of the model.
         max_mean_error: How far, in posterior standard deviations, a factorised normal guide's mean may lie off by its family.
+        max_sd_error: How far, as a logarithm, its standard deviations may lie off after a long training.
         notes: What is special.
     """
 
@@ -63,6 +64,7 @@ class ModelClass:
     features: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     compared: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     max_mean_error: float = 0.25
+    max_sd_error: float = 0.3
     notes: str = ""
 
     def batch(self) -> Batch:

@@ -140,7 +140,16 @@ DEPENDENT = [
     ModelClass("unit_interval", 2, unit_interval, _two(unit_interval, (), ()), quadrature),
     ModelClass("simplex", 2, simplex, _one(simplex, 3), simplex_posterior, "exact"),
     ModelClass("ordered", 2, ordered, _one(ordered, 6), quadrature),
-    ModelClass("correlation", 2, correlation, _one(correlation, 10, 3), quadrature, num_test_rows=4),
+    ModelClass(
+        "correlation",
+        2,
+        correlation,
+        _one(correlation, 10, 3),
+        quadrature,
+        num_test_rows=4,
+        max_mean_error=0.35,
+        notes="An encoder has to learn products of its inputs here; a flow's means are as far off (.26) as a normal's (.30).",
+    ),
     ModelClass(
         "circular",
         2,
