@@ -22,8 +22,8 @@ Positions = Float[Tensor, "chains rows latent"]
 Scale = Float[Tensor, "rows latent"]
 
 _NUM_TEMPERATURES = 40
-_FIRST = 1e-8
-"""First inverse temperature: a likelihood 10,000 times as narrow as the prior is felt little by little."""
+_FIRST = 1e-5
+"""First inverse temperature: a likelihood far narrower than the prior is felt little by little."""
 _NUM_LEAPFROG = 4
 _DRAWS_PER_START = 4
 _GUIDE_DRAWS = 64
@@ -94,10 +94,11 @@ def _resample(
     """
     log_weights = log_weights.double().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
     log_weights = log_weights.masked_fill((log_weights == -torch.inf).all(0), 0.0)
-    weights = log_weights.softmax(0)
-    for halvings in range(1, _MAX_HALVINGS):
+    exponent = log_weights.new_ones(log_weights.shape[1])
+    for _ in range(_MAX_HALVINGS):
+        weights = (exponent * log_weights).softmax(0)
         is_narrow = weights.square().sum(0) > 4 / len(weights)
-        weights = torch.where(is_narrow, (log_weights / 2**halvings).softmax(0), weights)
+        exponent = torch.where(is_narrow, exponent / 2, exponent)
     points = (torch.arange(count, dtype=torch.float64)[:, None].to(uniform.device) + uniform.double()) / count
     bounds = weights.cumsum(0)
     index = torch.searchsorted(bounds.T.contiguous(), (points * bounds[-1]).T.contiguous()).T

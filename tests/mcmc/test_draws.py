@@ -102,11 +102,12 @@ def test_a_divergence_few_draws_or_a_high_r_hat_are_doubtful() -> None:
     assert judged(noise(1), num_divergent=torch.tensor([1])).status == (Status.WARN,)
     few = judged(noise(1, chains=6, draws=60, seed=1))
     assert few.status == (Status.WARN,), few  # 360 draws are less than 400
-    # eight chains with means of their own: the split R-hat sees it, the two halves agree
-    shifts = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0]) * 0.15
-    doubtful = judged(noise(1) + shifts[:, None, None, None], noise(1, 1, seed=1)[..., 0])
+    # 64 chains with means of their own: the split R-hat sees it, the two halves agree, and all together they are many draws
+    shifts = torch.tensor([-0.38, 0.38] * 32, dtype=torch.float64)
+    doubtful = judged(noise(1, chains=64) + shifts[:, None, None, None], noise(1, 1, chains=64, seed=1)[..., 0])
     assert doubtful.status == (Status.WARN,), doubtful
-    assert doubtful.r_hat > 1.01 > doubtful.nested_r_hat
+    assert doubtful.ess > 400
+    assert doubtful.r_hat > 1.05 > 1.01 > doubtful.nested_r_hat
 
 
 def test_one_warning_counts_the_flagged_rows() -> None:

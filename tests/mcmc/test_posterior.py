@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from pyro_aevb.errors import ModelError, SettingError, UnreliableWarning
+from pyro_aevb.mcmc import starts
 from pyro_aevb.mcmc.convergence import mean_ess
 from pyro_aevb.mcmc.draws import PosteriorDraws
 from pyro_aevb.mcmc.noise import RowNoise
@@ -39,16 +40,25 @@ def draw(*args: Any, **settings: Any) -> PosteriorDraws:
         return hmc_posterior(*args, **{"seed": 0, "progress": False, **settings})
 
 
-def errors_of(values: Tensor, exact: Tensor) -> Tensor:
-    """Return how far the mean of ``[chains, draws, ...]`` is from an exact one, in its Monte Carlo standard errors."""
-    return (values.mean((0, 1)) - exact) / (values.std((0, 1)) / mean_ess(values).sqrt())
+def probabilities(values: Tensor, posterior: Any) -> Tensor:
+    """Return the posterior probability below each value, coordinate by coordinate: uniform if the posterior is right."""
+    if isinstance(posterior, torch.distributions.Beta):
+        a, b = posterior.concentration1.numpy(), posterior.concentration0.numpy()
+        return torch.from_numpy(stats.beta.cdf(values.numpy(), a, b))
+    if isinstance(posterior, torch.distributions.Gamma):
+        return posterior.cdf(values)
+    return torch.distributions.Normal(posterior.mean, posterior.stddev).cdf(values)
 
 
-def check_moments(values: Tensor, mean: Tensor, sd: Tensor) -> None:
-    """Hold first and second moments within 4 standard errors, which one in 16,000 misses."""
-    centred = (values - mean) / sd
-    assert errors_of(centred, torch.zeros_like(mean)).abs().max() < 4
-    assert errors_of(centred.square(), torch.ones_like(mean)).abs().max() < 4
+def check_moments(values: Tensor, posterior: Any) -> None:
+    """Hold centre and spread of ``[chains, draws, ...]`` to a known posterior, within 4.5 of their Monte Carlo standard errors.
+
+    Moments of probabilities have errors next to normal, whose standard deviations are known but for the effective size. One in
+    150,000 lies beyond that.
+    """
+    u = probabilities(values, posterior)
+    for moment, exact, sd in ((u, 1 / 2, 12**-0.5), ((u - 0.5).square(), 1 / 12, 180**-0.5)):
+        assert ((moment.mean((0, 1)) - exact) * mean_ess(moment).sqrt() / sd).abs().max() < 4.5
 
 
 # Exact posteriors
@@ -57,47 +67,51 @@ def check_moments(values: Tensor, mean: Tensor, sd: Tensor) -> None:
 @pytest.mark.parametrize("kind", [GammaPoisson, BetaBinomial, LinearGaussian], ids=lambda kind: kind.__name__)
 def test_moments_are_those_of_the_exact_posterior(kind: type[ExactModel]) -> None:
     exact, _ = kind.fixture()
-    x, _ = exact.simulate(10, seed=5)
-    draws = draw(exact.model, x, num_chains=32, num_samples=100, warmup_steps=60)
+    x, _ = exact.simulate(50, seed=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        draws = hmc_posterior(
+            exact.model, x, num_chains=32, num_samples=100, warmup_steps=60, num_leapfrog=5, seed=0, progress=False
+        )
     for name, posterior in exact.posterior(x).items():
-        check_moments(draws.samples[name], posterior.mean, posterior.stddev)
-    assert Status.UNRELIABLE not in draws.status
+        check_moments(draws.samples[name], posterior)
+    assert draws.is_flagged.double().mean() <= 0.04  # by chance
 
 
 def test_a_guide_does_not_change_what_is_sampled() -> None:
     # a guide that is the posterior of other data, five standard deviations off
     exact, _ = LinearGaussian.fixture()
-    x, _ = exact.simulate(10, seed=5)
+    x, _ = exact.simulate(50, seed=5)
     posterior = exact.posterior(x)["z"]
 
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(posterior.mean[: len(x)] + 3.0, 0.5).to_event(1))
 
-    draws = draw(exact.model, x, guide=guide, num_chains=32, num_samples=100, warmup_steps=60)
-    check_moments(draws.samples["z"], posterior.mean, posterior.stddev)
+    draws = draw(exact.model, x, guide=guide, num_chains=32, num_samples=100, warmup_steps=60, num_leapfrog=5)
+    check_moments(draws.samples["z"], posterior)
 
 
-def check_smoother(num_steps: int, num_rows: int) -> None:
+def check_smoother(num_steps: int, num_rows: int, *, num_leapfrog: int) -> None:
     """Hold states to the RTS smoother."""
     exact = LinearGaussianStateSpace(num_steps=num_steps)
     x, _ = exact.simulate(num_rows, seed=2)
-    draws = draw(exact.model, x, num_chains=64, num_samples=100, warmup_steps=80)
+    draws = draw(exact.model, x, num_chains=64, num_samples=100, warmup_steps=80, num_leapfrog=num_leapfrog)
     for name, posterior in exact.posterior(x).items():
         values = draws.samples[name]
-        check_moments(values, posterior.mean, posterior.stddev.expand(num_rows))
+        check_moments(values, posterior)
         # sd about .25 and ESS above 2,500 make these five standard errors and more
         assert (values.mean((0, 1)) - posterior.mean).abs().max() < 0.025
         assert (values.std((0, 1)) - posterior.stddev).abs().max() < 0.02
 
 
 def test_states_are_those_of_the_smoother() -> None:
-    check_smoother(num_steps=2, num_rows=3)
+    check_smoother(num_steps=2, num_rows=3, num_leapfrog=4)
 
 
 @pytest.mark.slow
 def test_states_of_long_series_are_those_of_the_smoother() -> None:
-    check_smoother(num_steps=20, num_rows=5)
+    check_smoother(num_steps=20, num_rows=5, num_leapfrog=10)
 
 
 def test_ranks_of_simulated_latents_are_uniform() -> None:
@@ -122,10 +136,10 @@ def test_ranks_of_simulated_latents_are_uniform() -> None:
 def test_rows_are_conditioned_on_given_globals() -> None:
     exact, x = NormalNormal.fixture()
     given = torch.tensor(1.5, dtype=torch.float64)
-    draws = draw(exact.model, x, given={"g": given}, num_chains=32, num_samples=60, warmup_steps=60)
+    draws = draw(exact.model, x, given={"g": given}, num_chains=32, num_samples=60, warmup_steps=60, num_leapfrog=5)
     precision = exact.local_scale**-2 + exact.noise_scale**-2
     mean = (given * exact.local_scale**-2 + x * exact.noise_scale**-2) / precision
-    check_moments(draws.samples["z"], mean, torch.full_like(mean, precision**-0.5))
+    check_moments(draws.samples["z"], dist.Normal(mean, precision**-0.5))
 
 
 def test_globals_must_be_given_and_one_at_a_time() -> None:
@@ -138,11 +152,11 @@ def test_globals_must_be_given_and_one_at_a_time() -> None:
 
 def test_a_whole_model_is_one_row() -> None:
     exact, x = NormalNormal.fixture()
-    draws = draw(exact.model, x, data_plate=None, num_chains=64, num_samples=80, warmup_steps=80)
+    draws = draw(exact.model, x, data_plate=None, num_chains=64, num_samples=80, warmup_steps=80, num_leapfrog=6)
     assert len(draws) == 1
     assert {name: tuple(value.shape) for name, value in draws.samples.items()} == {"g": (64, 80), "z": (64, 80, 8)}
     for name, posterior in exact.posterior(x).items():
-        check_moments(draws.samples[name], posterior.mean, posterior.stddev)
+        check_moments(draws.samples[name], posterior)
 
 
 @pytest.mark.slow
@@ -189,7 +203,9 @@ def root(x: Tensor) -> None:
 def test_modes_that_chains_do_not_connect_are_told(guide: Callable[..., None] | None) -> None:
     x = torch.tensor([9.0, -1.0], dtype=torch.float64).repeat_interleave(100)
     with pytest.warns(UnreliableWarning, match="of 200 rows"):
-        draws = hmc_posterior(square, x, guide=guide, num_samples=150, warmup_steps=100, seed=0, progress=False)
+        draws = hmc_posterior(
+            square, x, guide=guide, num_samples=150, warmup_steps=80, num_leapfrog=5, seed=0, progress=False
+        )
     two, one = draws.is_flagged.double().view(2, -1).mean(1)
     # eight annealed chains all end in the guide's mode in about one row of a hundred; chance flags a few of the others
     assert two >= 0.95
@@ -252,6 +268,13 @@ def test_a_broken_row_is_flagged_and_leaves_the_others_alone_bit_for_bit(spoil: 
 # Chunks, seeds, settings
 
 
+@pytest.fixture
+def short_annealing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anneal in few steps, for tests that do not ask where chains start."""
+    monkeypatch.setattr(starts, "_NUM_TEMPERATURES", 4)
+
+
+@pytest.mark.usefixtures("short_annealing")
 @pytest.mark.parametrize("has_guide", [False, True], ids=["without guide", "with guide"])
 def test_chunks_change_nothing(has_guide: bool) -> None:
     exact, _ = GammaPoisson.fixture()
@@ -269,6 +292,7 @@ def test_chunks_change_nothing(has_guide: bool) -> None:
     assert parts.status == whole.status
 
 
+@pytest.mark.usefixtures("short_annealing")
 def test_a_seed_draws_the_same_again_and_leaves_the_generator_alone() -> None:
     x = torch.tensor([1.0, 3.0])
     settings: dict[str, Any] = {"num_chains": 2, "num_samples": 5, "warmup_steps": 5, "progress": False}
@@ -283,6 +307,7 @@ def test_a_seed_draws_the_same_again_and_leaves_the_generator_alone() -> None:
     assert not torch.equal(first, free)
 
 
+@pytest.mark.usefixtures("short_annealing")
 def test_draws_are_carried_to_their_supports() -> None:
     exact, x = GammaPoisson.fixture()
     with warnings.catch_warnings():
@@ -320,6 +345,7 @@ def test_progress_adds_up() -> None:
     assert np.max(told) < 0.1
 
 
+@pytest.mark.usefixtures("short_annealing")
 def test_the_bar_ends_where_it_should(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableWarning)
