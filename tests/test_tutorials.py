@@ -1,9 +1,11 @@
 """Tutorials and the programs of the start page run as they stand; kept outputs are those of a run without errors."""
 
+import os
 import re
 from pathlib import Path
 
 import nbformat
+import pooch
 import pytest
 from nbclient import NotebookClient
 
@@ -20,7 +22,7 @@ def outputs(notebook):
 
 
 def test_there_are_tutorials():
-    assert {path.stem for path in TUTORIALS} >= {"01_vae", "02_any_model", "03_missing_data"}
+    assert {path.stem for path in TUTORIALS} >= {"01_vae", "02_any_model", "03_missing_data", "04_evidence"}
 
 
 def executed(name, tmp_path):
@@ -29,7 +31,7 @@ def executed(name, tmp_path):
     for cell in notebook.cells:
         cell.pop("outputs", None) if cell.cell_type == "markdown" else cell.update(outputs=[], execution_count=None)
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     return notebook
 
@@ -87,6 +89,64 @@ def check_missing_data(text):
     assert imputed < mean / 2
 
 
+ESTIMATORS = (
+    "importance",
+    "ais, guide",
+    "ais, prior",
+    "bridge",
+    "importance, fitted",
+    "reciprocal",
+    "reciprocal, paper",
+)
+
+
+def errors_by_method(text):
+    """Mean and worst error of all rows, then of unflagged ones, against quadrature, by estimator."""
+    return {name: numbers_after(text, f"{name:20} ") for name in ESTIMATORS}
+
+
+def check_evidence(text):
+    """Estimators against quadrature, where each of them is said to be right and where it is said to fail."""
+    errors = errors_by_method(text)
+    assert abs(errors["bridge"][0]) < 0.2  # one digit, flagged, is off by eight nats
+    assert abs(errors["bridge"][3]) < 0.05
+    assert abs(errors["ais, prior"][0]) < 0.1
+    assert abs(errors["ais, prior"][3]) < 1.5  # 16 chains, errors of 0.1 to 0.5 a row
+    assert abs(errors["importance, fitted"][2]) < 0.05
+    assert errors["importance"][0] < -1.0  # what k-hat flags, and
+    assert -0.3 < errors["importance"][2] < 0.0  # what it does not
+    assert errors["ais, guide"][3] < -5.0  # modes that the guide does not know
+    assert errors["reciprocal, paper"][1] < -5.0  # two modes under one Gaussian
+    assert -0.02 < errors["reciprocal, paper"][2] < 0.1  # else an upper bound
+    gaps = {steps: numbers_after(text, f"prior, {steps:4} temperatures")[2:] for steps in (30, 100, 300)}
+    assert gaps[30][0] > gaps[100][0] > 0.2
+    assert abs(gaps[300][0]) < 4 * gaps[300][1]
+
+
+def require_mnist():
+    """Skip a tutorial of MNIST where it would have to be downloaded."""
+    places = (os.environ.get("PYRO_AEVB_DATA", ""), pooch.os_cache("pyro_aevb"))
+    if not any((Path(place) / "mnist.npz").is_file() for place in places):
+        pytest.skip("mnist.npz is not on this machine; PYRO_AEVB_DATA names its directory")
+
+
+@pytest.mark.parametrize(
+    "epochs", [2, pytest.param(None, marks=pytest.mark.slow)], ids=["four digits", "as it is kept"]
+)
+def test_04_evidence_runs(epochs, monkeypatch, tmp_path):
+    require_mnist()
+    if epochs:
+        monkeypatch.setenv("PYRO_AEVB_TUTORIAL_EPOCHS", str(epochs))
+    notebook = executed("04_evidence.ipynb", tmp_path)
+    text = told(notebook)
+    if epochs is None:
+        check_evidence(text)
+    else:
+        assert abs(errors_by_method(text)["importance, fitted"][0]) < 0.2  # 500 draws, and quadrature is right
+    assert not [output for output in outputs(notebook) if output.get("name") == "stderr"]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "check"), [("02_any_model", check_any_model), ("03_missing_data", check_missing_data)]
@@ -99,7 +159,8 @@ def test_a_tutorial_without_encoders_runs_and_its_numbers_are_right(name, check,
 
 
 @pytest.mark.parametrize(
-    ("name", "check"), [("02_any_model", check_any_model), ("03_missing_data", check_missing_data)]
+    ("name", "check"),
+    [("02_any_model", check_any_model), ("03_missing_data", check_missing_data), ("04_evidence", check_evidence)],
 )
 def test_the_kept_numbers_are_right(name, check):
     check(told(read(ROOT / "tutorials" / f"{name}.ipynb")))
