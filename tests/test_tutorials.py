@@ -130,9 +130,8 @@ def require_mnist():
         pytest.skip("mnist.npz is not on this machine; PYRO_AEVB_DATA names its directory")
 
 
-@pytest.mark.parametrize(
-    "epochs", [2, pytest.param(None, marks=pytest.mark.slow)], ids=["four digits", "as it is kept"]
-)
+@pytest.mark.parametrize("epochs", [2, None], ids=["four digits", "as it is kept"])
+@pytest.mark.slow
 def test_04_evidence_runs(epochs, monkeypatch, tmp_path):
     require_mnist()
     if epochs:
