@@ -299,9 +299,13 @@ class Quadrature(Estimator):
                 f"Quadrature takes rows of up to {max(_GRID)} unconstrained latent coordinates; these have {density.dim}. "
                 "Use method='bridge' or 'ais'."
             )
+
+        def log_joint(u: Tensor) -> Tensor:
+            return density.log_joint(u.to(density.dtype))  # networks take their own dtype; cells stay in float64
+
         low, high = _prior_range(density)
         for _ in range(_MAX_GROWTHS):
-            result = integrate(density.log_joint, low, high, max_evaluations=self.max_evaluations)
+            result = integrate(log_joint, low, high, max_evaluations=self.max_evaluations)
             leaks = result.tails > _MAX_TAIL
             if not leaks.any():
                 break

@@ -227,3 +227,18 @@ class TestBadInput:
     def test_too_few_evaluations(self, number):
         with pytest.raises(SettingError, match="max_evaluations"):
             Quadrature(max_evaluations=number)
+
+
+def test_networks_of_float32_are_integrated():
+    decoder = torch.nn.Linear(1, 4)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(3, 4)
+    weight, bias = decoder.weight.detach(), decoder.bias.detach()
+    exact = torch.distributions.MultivariateNormal(bias, weight @ weight.T + torch.eye(4)).log_prob(x).double()
+    found = log_marginal(model, None, x, method="quadrature", progress=False)
+    torch.testing.assert_close(found.value, exact, rtol=0.0, atol=1e-4)
