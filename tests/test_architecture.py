@@ -22,7 +22,16 @@ Sources = dict[str, str]
 """Source text by module, named within the package: ``program.structure``, ``program.__init__``, ``__init__``."""
 
 SAMPLERS = frozenset(
-    {"mcmc.noise", "mcmc.hmc", "mcmc.adaptation", "mcmc.annealing", "mcmc.convergence", "mcmc.draws", "mcmc.length"},
+    {
+        "mcmc.noise",
+        "mcmc.hmc",
+        "mcmc.adaptation",
+        "mcmc.annealing",
+        "mcmc.convergence",
+        "mcmc.draws",
+        "mcmc.length",
+        "mcmc.modes",
+    },
 )
 """What needs no program: tensors in, tensors out."""
 

@@ -2,7 +2,8 @@ r"""A step size and a diagonal metric for each row, learned in a warm-up and fro
 
 Step sizes follow dual averaging (Nesterov 2009; Hoffman and Gelman 2014, arXiv 1111.4246, section 3.2.1) of the acceptance
 probability averaged over a row's chains; metrics are standard deviations over a row's chains and draws, in windows that grow, as in
-Stan's warm-up. Every number belongs to its row: no row's warm-up touches another's.
+Stan's warm-up. Chains in modes without mass go on from where others are (:mod:`pyro_aevb.mcmc.modes`). Every number belongs to its
+row: no row's warm-up touches another's.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pyro_aevb._types import PerRow
 from pyro_aevb.mcmc.hmc import Advance, HMCState, Target, jittered, nothing, transition
+from pyro_aevb.mcmc.modes import Visited, leave_empty_modes
 from pyro_aevb.mcmc.noise import RowNoise, Stream
 
 __all__ = ["DualAveraging", "WarmUp", "find_step_size", "warm_up"]
@@ -26,7 +28,7 @@ _GAMMA = 0.5
 average accepts 0.05 to 0.2 too much; with this one, 0.03."""
 _WINDOW_ENDS = (0.15, 0.3, 0.5, 0.75, 1.0)
 """Where windows end, as fractions of the warm-up. The first and the last learn step sizes only: in the one the chains are still on
-their way, in the other the metric is final."""
+their way, in the other the metric is final. After each of the others chains leave modes that hold no mass."""
 _MIN_STEPS_FOR_METRIC = 20
 _PRIOR_DRAWS = 5.0  # what the scale before a window counts for against the window's draws; Stan's number
 _MAX_DOUBLINGS = 30
@@ -180,7 +182,7 @@ def warm_up(
     search = partial(find_step_size, target, noise=noise, accept_prob=target_accept_prob)
     step_size = search(state, scale=scale) if step_size is None else step_size
     for window, (begin, end) in enumerate(windows):
-        averaging, spread = DualAveraging.start(step_size), _Spread.start(scale)
+        averaging, visited = DualAveraging.start(step_size), Visited.start(state)
         for step in range(begin, end):
             state, info = transition(
                 target,
@@ -192,11 +194,13 @@ def warm_up(
                 num_leapfrog=jittered(noise, Stream.WARM_UP_JITTER, step, num_leapfrog),
             )
             averaging = averaging.update(info.acceptance.mean(0), target=target_accept_prob)
-            spread = spread.update(state.position)
+            visited = visited.update(state)
             advance(1 / num_steps)
         step_size = averaging.log_average.exp()
         if 0 < window < len(windows) - 1:
-            old, scale = scale, spread.shrunk_to(scale)
+            old, scale = scale, _shrink(*visited.pooled(), scale)
+            uniform = noise.uniform(Stream.RESAMPLING, window, chains)
+            state = leave_empty_modes(state, visited.log_mass(), uniform)
             # the first metric may change everything, those after it change little
             is_first = window == 1
             step_size = (
@@ -213,29 +217,13 @@ def _windows(num_steps: int) -> list[tuple[int, int]]:
     return list(pairwise([0, *ends]))
 
 
-class _Spread(NamedTuple):
-    """Mean and sum of squares about it, of all chains and draws so far (Welford's, chains at a time)."""
+def _shrink(
+    variance: Float[Tensor, "rows dim"], size: int, scale: Float[Tensor, "rows dim"]
+) -> Float[Tensor, "rows dim"]:
+    """Return standard deviations, a little nearer to ``scale``; that itself where nothing moved or all is lost.
 
-    mean: Float[Tensor, "rows dim"]
-    squares: Float[Tensor, "rows dim"]
-    size: int
-
-    @classmethod
-    def start(cls, like: Float[Tensor, "rows dim"]) -> "_Spread":
-        return cls(torch.zeros_like(like), torch.zeros_like(like), 0)
-
-    def update(self, position: Float[Tensor, "chains rows dim"]) -> "_Spread":
-        chains, mean = len(position), position.mean(0)
-        size, shift = self.size + chains, mean - self.mean
-        squares = (position - mean).square().sum(0) + shift.square() * (self.size * chains / size)
-        return _Spread(self.mean + shift * (chains / size), self.squares + squares, size)
-
-    def shrunk_to(self, scale: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
-        """Return the standard deviations, a little nearer to ``scale``; that itself where nothing moved or all is lost.
-
-        Shrunk on the logarithmic scale, which knows no unit: Stan's 1e-3 would be all that a row of scale 1e-3 has.
-        """
-        log_scale = 0.5 * (self.squares / max(self.size - 1, 1)).log()
-        weight = self.size / (self.size + _PRIOR_DRAWS)
-        shrunk = (weight * log_scale + (1 - weight) * scale.log()).exp()
-        return torch.where(shrunk.isfinite() & (shrunk > 0), shrunk, scale)
+    Shrunk on the logarithmic scale, which knows no unit: Stan's 1e-3 would be all that a row of scale 1e-3 has.
+    """
+    weight = size / (size + _PRIOR_DRAWS)
+    shrunk = (weight * 0.5 * variance.log() + (1 - weight) * scale.log()).exp()
+    return torch.where(shrunk.isfinite() & (shrunk > 0), shrunk, scale)
