@@ -1,0 +1,127 @@
+"""Rows simulated from a model, whose latents are known: the ground on which guides and estimators are tested."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
+from pyro_aevb.errors import ModelError, SettingError
+from pyro_aevb.program.batch import batch_rows, take_rows
+from pyro_aevb.program.density import LogDensity
+from pyro_aevb.program.observations import ToBatch, write_observations
+from pyro_aevb.program.particles import as_draws
+from pyro_aevb.program.proposal import GuideDensity
+from pyro_aevb.program.rows import Rows
+from pyro_aevb.program.simulation import simulate_rows
+from pyro_aevb.program.structure import read_structure
+
+__all__ = ["SimulatedRows", "Simulator"]
+
+
+@dataclass(frozen=True)
+class SimulatedRows:
+    """Rows that were drawn from a model, with what the model and a guide say of them.
+
+    Attributes:
+        density: log p(x_n, z_n | g) of the rows.
+        guide: q(z_n | x_n, g) in the same coordinates, or ``None``.
+        latents: The unconstrained latents that the rows were made from: exact draws from p(z_n | x_n, g).
+    """
+
+    density: LogDensity
+    guide: GuideDensity | None
+    latents: Float[Tensor, "rows latent"]
+
+
+class Simulator:
+    """Draws rows from a model and feeds them back as its data. Made and used inside ``program.rows.inferring``.
+
+    Args:
+        model: The model.
+        guide: The guide, or ``None``.
+        batch: A template, as positional and keyword arguments: its covariates are used, its observations ignored, its rows
+            recycled.
+        data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None``: then each simulation is a data set.
+        given: Values of the globals; without them they are drawn once from the guide where there is one.
+        to_batch: Puts simulated values into a batch, for observations that are no views of an argument.
+
+    Attributes:
+        structure: The model's structure.
+        given: Values of the globals that rows are simulated under.
+
+    Raises:
+        ModelError: If the model is not supported or draws its own rows.
+        GuideError: If the guide does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: PyroProgram,
+        guide: PyroProgram | None,
+        batch: tuple[Args, Kwargs],
+        *,
+        data_plate: str | None = "auto",
+        given: Mapping[str, Tensor] | None = None,
+        to_batch: ToBatch | None = None,
+    ) -> None:
+        self._model, self._guide, self._to_batch = model, guide, to_batch
+        self._args, self._kwargs = batch
+        self.structure = read_structure(model, *batch, data_plate=data_plate)
+        if self.structure.draws_own_rows:
+            plate = self.structure.data_plate
+            raise ModelError(
+                f"The model draws rows of plate {plate!r} by itself, so that simulated rows can't be put in order. Size the plate "
+                f"by the batch, pyro.plate({plate!r}, len(x)), without subsample_size."
+            )
+        is_open = self.structure.has_globals and self.structure.data_plate is not None
+        self.given: Values = dict(given or {})
+        if given is None and guide is not None and is_open:
+            self.given = _draw_globals(Rows(model, guide, *batch, self.structure.data_plate))
+
+    def draw(self, num_simulations: int) -> Iterator[SimulatedRows]:
+        """Yield simulated rows: all at once, or data set by data set where the whole model is one row.
+
+        Raises:
+            SettingError: If there are no rows to recycle, or a value is given that is not a global's.
+            ModelError: If a global is neither given nor drawn, or an observation can't be written back.
+            GuideError: If the guide does not fit the model.
+        """
+        for args, kwargs in self._templates(num_simulations):
+            yield self._simulate(args, kwargs)
+
+    def _templates(self, num_simulations: int) -> list[tuple[Args, Kwargs]]:
+        """Return one template of as many rows as are simulated, or each simulation's own where the whole model is one row."""
+        if self.structure.data_plate is None:
+            return [(self._args, self._kwargs)] * num_simulations
+        rows = batch_rows(self._args, self._kwargs)
+        if not rows:
+            raise SettingError(
+                "num_simulations recycles the rows of a template, and there are none: give a batch with one."
+            )
+        return [take_rows(self._args, self._kwargs, torch.arange(num_simulations) % rows)]
+
+    def _simulate(self, args: Args, kwargs: Kwargs) -> SimulatedRows:
+        """Draw a batch from the model and read the densities of its latents."""
+        plate = self.structure.data_plate
+        structure = read_structure(self._model, args, kwargs, data_plate=plate)
+        values = simulate_rows(self._model, structure, args, kwargs, given=self.given)
+        args, kwargs = write_observations(
+            self._model, args, kwargs, values, structure=structure, to_batch=self._to_batch
+        )
+        density = LogDensity(self._model, *args, data_plate=plate, given=self.given, **kwargs)
+        guide = None if self._guide is None else GuideDensity(self._guide, density)
+        latents = {site.name: values[site.name] for site in structure.select("latent") if site.name not in self.given}
+        if plate is None:
+            latents = {name: value[None] for name, value in latents.items()}
+        return SimulatedRows(density, guide, density.unconstrain(latents))
+
+
+def _draw_globals(rows: Rows) -> Values:
+    """Draw a model's globals once from its guide, given as many of the rows as are run at once."""
+    args, kwargs, _ = next(iter(rows.chunks(None, 1, progress=False)))
+    records = rows.sample_guide(args, kwargs, rows.program.axes(1, 1))
+    sites = rows.structure.select("latent", is_local=False)
+    return {site.name: as_draws(records[site.name], rows.structure)[0] for site in sites}
