@@ -14,6 +14,7 @@ arXiv 2110.13017, section 3). Chance alone puts nested R-hat of well mixed chain
 chains of 200 draws, and in more rows the fewer draws there are.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -50,6 +51,7 @@ class PosteriorDraws:
         status: The verdict on each row; :mod:`pyro_aevb.mcmc.draws` tells the rules.
         samples: Draws of each latent site on its support, ``[chains, draws, rows, *inner plates, *event]``; without the rows axis
             where the whole model is one row.
+        seconds: Wall-clock time that drawing took; NaN where it was not taken.
     """
 
     unconstrained: Float[Tensor, "chains draws rows latent"]
@@ -62,6 +64,7 @@ class PosteriorDraws:
     ess: PerRow
     status: tuple[Status, ...]
     samples: Values = field(default_factory=dict)
+    seconds: float = math.nan
 
     def __len__(self) -> int:
         return len(self.status)
@@ -199,6 +202,8 @@ def concatenate(parts: Sequence[PosteriorDraws]) -> PosteriorDraws:
         values = [getattr(part, entry.name) for part in parts]
         if entry.name == "status":
             joined[entry.name] = sum(values, ())
+        elif entry.name == "seconds":
+            joined[entry.name] = sum(values)
         elif entry.name == "samples":
             joined[entry.name] = {name: torch.cat([value[name] for value in values], 2) for name in values[0]}
         else:
