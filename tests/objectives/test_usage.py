@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from pyro_aevb.objectives.base import Objective
 from pyro_aevb.objectives.importance_weighted import IWELBO
 from pyro_aevb.objectives.sgvb import SGVB
+from pyro_aevb.objectives.wake_sleep import ReweightedWakeSleep, WakeSleep
 from pyro_aevb.program.parameters import find_modules
 
 OBJECTIVES: list[Callable[[], Objective]] = [
@@ -24,6 +25,8 @@ OBJECTIVES: list[Callable[[], Objective]] = [
     lambda: SGVB(20, gradient="score"),
     lambda: IWELBO(5),
     lambda: IWELBO(5, 2, gradient="dreg"),
+    WakeSleep,
+    lambda: ReweightedWakeSleep(5),
 ]
 X = torch.tensor([0.5, -1.0, 2.0, 0.3, 1.7])
 
