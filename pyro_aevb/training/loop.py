@@ -179,7 +179,8 @@ def fit_module(
             for bit on one machine with one number of threads.
         fabric: A ``lightning_fabric.Fabric`` for devices and processes; by default the device of the parameters.
         max_skipped: Steps in a row that may be skipped because loss or gradient is not finite.
-        callbacks: Called after each epoch with :class:`EpochEnd`; returning ``True`` ends the fit.
+        callbacks: Called after each epoch with :class:`EpochEnd`; returning ``True`` ends the fit. One that has a method
+            ``finish`` gets the result once the fit is over, at the parameters that it leaves behind.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -287,6 +288,10 @@ class _Loop:
             self.result.stopped_by = "interrupt"
         finally:
             self._finish(modes)
+        for callback in callbacks:
+            finish = getattr(callback, "finish", None)
+            if finish is not None:
+                finish(self.result)
         return self.result
 
     def _run_epoch(self, epoch: int, generator: torch.Generator, bar: "tqdm[Any]") -> dict[str, float]:
