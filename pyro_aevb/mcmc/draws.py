@@ -1,8 +1,11 @@
 r"""Posterior draws of many rows at once, with a verdict on each row.
 
-:func:`assess` judges chains of which the first half and the second half started from different places. A row is ``unreliable`` if
+:func:`assess` judges chains of which the first half and the second half started from different places. In
+:func:`~pyro_aevb.mcmc.posterior.hmc_posterior` these are two kinds of start, but for chains that left a mode without mass in the
+warm-up (:mod:`pyro_aevb.mcmc.modes`): they went on from where any other chain was. A row is ``unreliable`` if
 
-- nested R-hat > 1.01, that is, the two halves of the chains tell different stories, as they do if one kind of start misses a mode;
+- nested R-hat > 1.01, that is, the two halves of the chains tell different stories, as they do if one kind of start misses a mode
+  that holds mass;
 - split R-hat > 1.1: its chains are still on their way, or in places of their own;
 - its acceptance lies outside [0.4, 0.98]: its chains hardly move, or feel no density at all;
 - R-hat, ESS or acceptance are not known, since its chains hold NaN or do not move;
@@ -46,12 +49,13 @@ class PosteriorDraws:
         step_size: Frozen step size, in units of the frozen scales.
         num_divergent: Transitions after warm-up whose energy error exceeded 1000 nats or was not a number.
         r_hat: Rank-normalised split R-hat, the worst over coordinates and log joint.
-        nested_r_hat: The same between the two kinds of start.
+        nested_r_hat: The same between the two halves of the chains.
         ess: Rank-normalised effective number of draws over all chains, the least over coordinates and log joint.
         status: The verdict on each row; :mod:`pyro_aevb.mcmc.draws` tells the rules.
         samples: Draws of each latent site on its support, ``[chains, draws, rows, *inner plates, *event]``; without the rows axis
             where the whole model is one row.
         seconds: Wall-clock time that drawing took; NaN where it was not taken.
+        num_leapfrog: Most leapfrog steps of a transition after warm-up, given or learned; ``None`` where it is not one number.
     """
 
     unconstrained: Float[Tensor, "chains draws rows latent"]
@@ -65,6 +69,7 @@ class PosteriorDraws:
     status: tuple[Status, ...]
     samples: Values = field(default_factory=dict)
     seconds: float = math.nan
+    num_leapfrog: int | None = None
 
     def __len__(self) -> int:
         return len(self.status)
@@ -202,6 +207,8 @@ def concatenate(parts: Sequence[PosteriorDraws]) -> PosteriorDraws:
         values = [getattr(part, entry.name) for part in parts]
         if entry.name == "status":
             joined[entry.name] = sum(values, ())
+        elif entry.name == "num_leapfrog":
+            joined[entry.name] = values[0] if len({*values}) == 1 else None
         elif entry.name == "seconds":
             joined[entry.name] = sum(values)
         elif entry.name == "samples":

@@ -1,13 +1,15 @@
 r"""Draws from the posterior of every row by Hamiltonian Monte Carlo: all rows and chains move together, each row on its own terms.
 
-Chains start in two ways (:mod:`pyro_aevb.mcmc.starts`), learn a step size and scales of each row in a warm-up, freeze them, and
-draw. Every random number belongs to its row, so that chunks of rows change nothing.
+Chains start in two ways (:mod:`pyro_aevb.mcmc.starts`), leave modes without mass (:mod:`pyro_aevb.mcmc.modes`) and learn a step
+size and scales of each row in a warm-up, freeze them, and draw. Every random number belongs to its row, and what is learned for all
+rows is learned from all chunks, so that chunks of rows change nothing.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -16,11 +18,12 @@ from tqdm import tqdm
 
 from pyro_aevb._types import PyroProgram, Values
 from pyro_aevb.errors import SettingError
-from pyro_aevb.mcmc.adaptation import warm_up
+from pyro_aevb.mcmc.adaptation import WarmUp, warm_up
 from pyro_aevb.mcmc.draws import PosteriorDraws, assess, concatenate
 from pyro_aevb.mcmc.hmc import Advance, nothing, sample, start
+from pyro_aevb.mcmc.length import choose_num_leapfrog, measure_lengths
 from pyro_aevb.mcmc.noise import RowNoise
-from pyro_aevb.mcmc.starts import draw_starts
+from pyro_aevb.mcmc.starts import count_starts, draw_starts
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.model_rows import ModelRows
 from pyro_aevb.program.proposal import GuideDensity
@@ -28,6 +31,13 @@ from pyro_aevb.program.rows import CHUNK_DRAWS, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
 
 __all__ = ["hmc_posterior", "sample_rows"]
+
+Trajectory: TypeAlias = str
+"""``"jittered"`` or ``"chees"``."""
+
+_TRAJECTORIES = ("jittered", "chees")
+_LONGEST = 10
+"""How many times as long a learned trajectory may be as those of the warm-up."""
 
 
 def hmc_posterior(
@@ -40,6 +50,7 @@ def hmc_posterior(
     warmup_steps: int = 200,
     target_accept_prob: float = 0.8,
     num_leapfrog: int = 10,
+    trajectory: Trajectory = "jittered",
     chunk_size: int | None = None,
     data_plate: str | None = "auto",
     seed: int | None = None,
@@ -49,12 +60,19 @@ def hmc_posterior(
     r"""Draw from p(z | x, g) of each row by Hamiltonian Monte Carlo (Neal 2011, arXiv 1206.1901).
 
     The draws are exact in the limit of long chains, whatever the guide: it only says where half of the chains start; the other
-    half starts where annealing leads from the prior. If the halves do not come to agree, the row is flagged.
+    half starts where annealing leads from the prior. Chains in modes that hold next to no mass leave them in the warm-up; if the
+    halves do not come to agree then, the row is flagged. How many chains are in each of several modes that hold mass and that no
+    chain connects says where they started, not how much mass that is.
 
     Every row has its own step size and scales, learned in the warm-up by dual averaging and then frozen. The number of leapfrog
     steps of a transition is drawn from 1 to ``num_leapfrog``, the same for all rows. Gradients: per row and chain
     ``(warmup_steps + num_samples) * (num_leapfrog + 1) / 2`` on average, and some 160 for the starts. Modules run in eval mode,
     parameters are held fixed.
+
+    With ``trajectory="chees"`` the most leapfrog steps of a draw are learned after the warm-up, one number for all rows, from 1 to
+    ``10 * num_leapfrog`` (Hoffman, Radul and Sountsov 2021; :mod:`pyro_aevb.mcmc.length`), at ``40 * num_leapfrog`` gradients of
+    each chain. That pays where a posterior is far longer in one direction than in another. By that number, the draws of a row
+    depend on the other rows of the batch.
 
     Args:
         model: The model.
@@ -65,8 +83,9 @@ def hmc_posterior(
         num_samples: Draws of each chain after the warm-up; at least 4 for diagnostics.
         warmup_steps: Transitions before that.
         target_accept_prob: Acceptance probability that step sizes are tuned to.
-        num_leapfrog: Most leapfrog steps of a transition.
-        chunk_size: Rows sampled at once; by default so many that some 50,000 chains are in memory. It changes no
+        num_leapfrog: Most leapfrog steps of a transition; with ``trajectory="chees"`` of those of the warm-up.
+        trajectory: ``"jittered"``, or ``"chees"`` to learn the most leapfrog steps of the draws.
+        chunk_size: Rows sampled at once; by default so many that some 50,000 latents are in memory. It changes no
             draw by more than rounding does.
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None`` to treat the whole model as one row, globals
             among its latents.
@@ -85,12 +104,12 @@ def hmc_posterior(
         GuideError: If the guide does not fit the model.
 
     Example:
-        >>> from pyro_aevb.mcmc.posterior import hmc_posterior
+        >>> from pyro_aevb import hmc_posterior
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         rate = pyro.sample("rate", dist.Gamma(2.0, 1.5))
         ...         pyro.sample("x", dist.Poisson(rate), obs=x)
-        >>> settings = dict(num_samples=60, warmup_steps=60, seed=0, progress=False)
+        >>> settings = dict(num_samples=60, warmup_steps=40, num_leapfrog=3, seed=0, progress=False)
         >>> draws = hmc_posterior(model, torch.tensor([3.0, 0.0, 6.0]), **settings)
         >>> draws.samples["rate"].shape
         torch.Size([16, 60, 3])
@@ -98,10 +117,10 @@ def hmc_posterior(
         >>> bool(((draws.samples["rate"].mean((0, 1)) - exact).abs() < 0.2).all())
         True
     """
-    _check_settings(num_chains, target_accept_prob)
-    counts = {"num_samples": num_samples, "warmup_steps": warmup_steps, "num_leapfrog": num_leapfrog}
-    for name, count in counts.items():
-        check_count(name, count)
+    began = time.perf_counter()
+    settings = _Settings(
+        num_chains, num_samples, warmup_steps, target_accept_prob, num_leapfrog=num_leapfrog, trajectory=trajectory
+    )
     check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, hmc_posterior)
     with inferring(seed, model, *([] if guide is None else [guide])):
@@ -110,23 +129,18 @@ def hmc_posterior(
         proposal = None if guide is None else GuideDensity(guide, density)
         key = int(torch.randint(2**31, ())) if seed is None else seed
         noise = RowNoise(key, torch.arange(density.num_rows), dtype=density.dtype, device=density.device)
-        size = (density if proposal is None else proposal).chunk_rows or chunk_size or max(1, CHUNK_DRAWS // num_chains)
-        parts = []
-        with _Bar(density.num_rows * (warmup_steps + num_samples), progress=progress) as bar:
+        fixed = (density if proposal is None else proposal).chunk_rows
+        size = fixed or chunk_size or max(1, CHUNK_DRAWS // count_starts(num_chains))
+        num_steps = warmup_steps + num_samples
+        with _Bar(density.num_rows * num_steps, progress=progress) as bar:
+            chunks = []
             for begin in range(0, density.num_rows, size):
                 rows = slice(begin, min(begin + size, density.num_rows))
-                part = density.rows(rows)
-                draws = sample_rows(
-                    part,
-                    None if proposal is None else proposal.rows(rows),
-                    noise.rows(rows),
-                    num_chains=num_chains,
-                    target_accept_prob=target_accept_prob,
-                    advance=bar.part(part.num_rows * (warmup_steps + num_samples)),
-                    **counts,
-                )
-                parts.append(replace(draws, samples=_constrain(part, draws.unconstrained)))
-    result = concatenate(parts)
+                part, guided = density.rows(rows), None if proposal is None else proposal.rows(rows)
+                chunks.append(_Chunk(part, guided, noise.rows(rows), bar.part(part.num_rows * num_steps)))
+            pairs = zip(chunks, _sample(chunks, settings), strict=True)
+            parts = [replace(draws, samples=_constrain(chunk.density, draws.unconstrained)) for chunk, draws in pairs]
+    result = replace(concatenate(parts), seconds=time.perf_counter() - began)
     if density.structure is not None and density.structure.data_plate is None:
         result = replace(result, samples={name: value.squeeze(2) for name, value in result.samples.items()})
     result.warn_if_unreliable()
@@ -143,6 +157,7 @@ def sample_rows(
     warmup_steps: int = 200,
     target_accept_prob: float = 0.8,
     num_leapfrog: int = 10,
+    trajectory: Trajectory = "jittered",
     advance: Advance = nothing,
 ) -> PosteriorDraws:
     """Draw as :func:`hmc_posterior` does, for rows that are in memory at once, and leave the draws unconstrained.
@@ -156,51 +171,114 @@ def sample_rows(
         warmup_steps: As there.
         target_accept_prob: As there.
         num_leapfrog: As there.
+        trajectory: As there; learned from these rows.
         advance: Is told of the progress.
 
     Raises:
-        SettingError: If ``num_chains`` is odd, or ``target_accept_prob`` not between 0 and 1.
+        SettingError: If a setting is out of range.
     """
-    _check_settings(num_chains, target_accept_prob)
-    position, scale = draw_starts(density, guide, noise, num_chains=num_chains)
-    share = warmup_steps / (warmup_steps + num_samples)
-    state, step_size, scale = warm_up(
-        density.log_joint,
-        start(density.log_joint, position),
-        noise,
-        num_steps=warmup_steps,
-        target_accept_prob=target_accept_prob,
-        num_leapfrog=num_leapfrog,
-        scale=scale,
-        advance=lambda fraction: advance(share * fraction),
+    settings = _Settings(
+        num_chains, num_samples, warmup_steps, target_accept_prob, num_leapfrog=num_leapfrog, trajectory=trajectory
     )
+    return next(_sample([_Chunk(density, guide, noise, advance)], settings))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Settings of chains, checked; their meaning is told by :func:`hmc_posterior`."""
+
+    num_chains: int
+    num_samples: int
+    warmup_steps: int
+    target_accept_prob: float
+    _: KW_ONLY
+    num_leapfrog: int
+    trajectory: Trajectory
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_chains, Integral) or self.num_chains < 2 or self.num_chains % 2:
+            raise SettingError(
+                "num_chains must be an even integer of at least 2: half of the chains start in each of two ways; got "
+                f"{self.num_chains!r}."
+            )
+        if not 0 < self.target_accept_prob < 1:
+            raise SettingError(f"target_accept_prob must lie between 0 and 1; got {self.target_accept_prob!r}.")
+        for name in ("num_samples", "warmup_steps", "num_leapfrog"):
+            check_count(name, getattr(self, name))
+        if self.trajectory not in _TRAJECTORIES:
+            raise SettingError(f"trajectory must be one of {', '.join(_TRAJECTORIES)}; got {self.trajectory!r}.")
+
+
+class _Chunk(NamedTuple):
+    """Rows that are in memory at once: their densities, their random numbers, and who is told of their progress."""
+
+    density: LogDensity
+    guide: GuideDensity | None
+    noise: RowNoise
+    advance: Advance
+
+
+def _sample(chunks: Sequence[_Chunk], settings: _Settings) -> Iterator[PosteriorDraws]:
+    """Warm up all chunks, so that what is learned for all rows is learned from all, then draw from one after the other."""
+    warm = [_warm_up(chunk, settings) for chunk in chunks]
+    num_leapfrog = settings.num_leapfrog
+    if settings.trajectory == "chees":
+        criteria = [_measure(chunk, one, settings) for chunk, one in zip(chunks, warm, strict=True)]
+        num_leapfrog = choose_num_leapfrog(torch.cat(criteria, 1))
+    for chunk, one in zip(chunks, warm, strict=True):
+        yield _draw(chunk, one, settings, num_leapfrog)
+
+
+def _warm_up(chunk: _Chunk, settings: _Settings) -> WarmUp:
+    """Find starts, and warm up from there."""
+    target = chunk.density.log_joint
+    position, scale = draw_starts(chunk.density, chunk.guide, chunk.noise, num_chains=settings.num_chains)
+    share = settings.warmup_steps / (settings.warmup_steps + settings.num_samples)
+    return warm_up(
+        target,
+        start(target, position),
+        chunk.noise,
+        num_steps=settings.warmup_steps,
+        target_accept_prob=settings.target_accept_prob,
+        num_leapfrog=settings.num_leapfrog,
+        scale=scale,
+        advance=lambda fraction: chunk.advance(share * fraction),
+    )
+
+
+def _measure(chunk: _Chunk, warm: WarmUp, settings: _Settings) -> Float[Tensor, "lengths rows"]:
+    """Return ChEES's criterion of each length and row."""
+    return measure_lengths(
+        chunk.density.log_joint,
+        warm.state,
+        chunk.noise,
+        step_size=warm.step_size,
+        scale=warm.scale,
+        max_num_leapfrog=_LONGEST * settings.num_leapfrog,
+    )
+
+
+def _draw(chunk: _Chunk, warm: WarmUp, settings: _Settings, num_leapfrog: int) -> PosteriorDraws:
+    """Draw by what the warm-up froze, and judge the draws."""
+    share = settings.num_samples / (settings.warmup_steps + settings.num_samples)
     draws = sample(
-        density.log_joint,
-        state,
-        noise,
-        num_draws=num_samples,
-        step_size=step_size,
-        scale=scale,
+        chunk.density.log_joint,
+        warm.state,
+        chunk.noise,
+        num_draws=settings.num_samples,
+        step_size=warm.step_size,
+        scale=warm.scale,
         num_leapfrog=num_leapfrog,
-        advance=lambda fraction: advance((1 - share) * fraction),
+        advance=lambda fraction: chunk.advance(share * fraction),
     )
-    return assess(
+    judged = assess(
         draws.position,
         draws.log_density,
         acceptance=draws.acceptance,
-        step_size=step_size,
+        step_size=warm.step_size,
         num_divergent=draws.num_divergent,
     )
-
-
-def _check_settings(num_chains: int, target_accept_prob: float) -> None:
-    """Refuse what the halves of chains and step sizes can't be made of."""
-    if not isinstance(num_chains, Integral) or num_chains < 2 or num_chains % 2:
-        raise SettingError(
-            f"num_chains must be an even integer of at least 2: half of the chains start in each of two ways; got {num_chains!r}."
-        )
-    if not 0 < target_accept_prob < 1:
-        raise SettingError(f"target_accept_prob must lie between 0 and 1; got {target_accept_prob!r}.")
+    return replace(judged, num_leapfrog=num_leapfrog)
 
 
 def _check_one_value(density: LogDensity) -> None:

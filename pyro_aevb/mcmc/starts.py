@@ -1,8 +1,9 @@
 """Where chains start: half of them from the guide, half from where annealing leads from the prior.
 
 A guide alone is no start: it can miss most of a row's mass, and chains that all start in one mode agree with each other. Annealing
-knows nothing of the guide, and its weights say how much mass lies where it ended. Where the two halves do not come to agree, the
-row is flagged (:mod:`pyro_aevb.mcmc.draws`).
+knows nothing of the guide, and its weights say how much mass lies where it ended. They are flattened, so that a mode that one draw
+found is not lost by the luck of its weight; modes that hold next to nothing are left in the warm-up (:mod:`pyro_aevb.mcmc.modes`).
+Where the two halves do not come to agree, the row is flagged (:mod:`pyro_aevb.mcmc.draws`).
 """
 
 import math
@@ -16,7 +17,7 @@ from pyro_aevb.mcmc.noise import RowNoise, Stream
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.proposal import GuideDensity
 
-__all__ = ["draw_starts"]
+__all__ = ["count_starts", "draw_starts"]
 
 Positions = Float[Tensor, "chains rows latent"]
 Scale = Float[Tensor, "rows latent"]
@@ -30,6 +31,11 @@ _GUIDE_DRAWS = 64
 _MAX_HALVINGS = 20
 _FORK = 0x57A27
 """Which fork of a row's noise is for starts: chains that annealed by some numbers must not move on by them."""
+
+
+def count_starts(num_chains: int) -> int:
+    """Return how many latents of one row are in memory at once to find starts for so many chains."""
+    return PILOT_CHAINS + max(_DRAWS_PER_START * num_chains, _GUIDE_DRAWS)
 
 
 def draw_starts(
@@ -55,7 +61,7 @@ def draw_starts(
     seeds = [(fork.seed + place) % 2**31 for place in range(2)]
     size = _DRAWS_PER_START * half
     num_annealed = size if guide is not None else 2 * size
-    from_prior = density.draw_prior(PILOT_CHAINS + max(num_annealed, _GUIDE_DRAWS), seed=seeds[0])
+    from_prior = density.draw_prior(count_starts(num_chains), seed=seeds[0])
     scale = _spread(from_prior)
     ends = _anneal(density, fork, from_prior[: PILOT_CHAINS + num_annealed], scale=scale)
     groups = list(zip(ends.position.split(size), ends.log_weights.split(size), strict=True))

@@ -275,13 +275,18 @@ def short_annealing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_annealing")
-@pytest.mark.parametrize("has_guide", [False, True], ids=["without guide", "with guide"])
-def test_chunks_change_nothing(has_guide: bool) -> None:
+@pytest.mark.parametrize(
+    ("has_guide", "trajectory"),
+    [(False, "jittered"), (True, "jittered"), (False, "chees")],
+    ids=["without guide", "with guide", "learned length"],
+)
+def test_chunks_change_nothing(has_guide: bool, trajectory: str) -> None:
     exact, _ = GammaPoisson.fixture()
     x, _ = exact.simulate(5, seed=4)
     # short chains: the last bit of a density depends on the length of the vector, and chains let it grow
     settings: dict[str, Any] = {"num_chains": 4, "num_samples": 10, "warmup_steps": 10, "seed": 7, "progress": False}
     settings |= {"guide": exact.guide} if has_guide else {}
+    settings |= {"trajectory": trajectory, "num_leapfrog": 3}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableWarning)
         whole = hmc_posterior(exact.model, x, **settings)
@@ -290,6 +295,8 @@ def test_chunks_change_nothing(has_guide: bool) -> None:
     torch.testing.assert_close(parts.samples["rate"], whole.samples["rate"], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(parts.ess, whole.ess, rtol=1e-8, atol=0)
     assert parts.status == whole.status
+    assert parts.num_leapfrog == whole.num_leapfrog
+    assert (whole.num_leapfrog == 3) == (trajectory == "jittered")
 
 
 @pytest.mark.usefixtures("short_annealing")
@@ -327,6 +334,7 @@ def test_draws_are_carried_to_their_supports() -> None:
         ({"num_samples": 0}, "num_samples must be an integer of at least 1, got 0"),
         ({"warmup_steps": -1}, "warmup_steps must be an integer of at least 1, got -1"),
         ({"num_leapfrog": 0}, "num_leapfrog must be an integer of at least 1, got 0"),
+        ({"trajectory": "nuts"}, "trajectory must be one of jittered, chees; got 'nuts'"),
         ({"chunk_size": 0}, "chunk_size must be an integer of at least 1, got 0"),
         ({"num_chain": 8}, "no setting 'num_chain'. Did you mean 'num_chains'"),
     ],
