@@ -38,7 +38,7 @@ SAMPLERS = frozenset(
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"_types"}),
-    frozenset({"weights", "status", "canvas", "randomness", "distributions"}),
+    frozenset({"weights", "status", "canvas", "randomness", "distributions", "arviz_arrays"}),
     frozenset({"guides.encoders", *SAMPLERS}),
     frozenset({"program"}),
     frozenset({"guides", "objectives", "mcmc"}),
@@ -65,13 +65,14 @@ WITHOUT_PYRO = frozenset(
         "guides.wiring",
         *SAMPLERS,
         "datasets",
+        "arviz_arrays",
     }
 )
 FRONTS = frozenset({"__init__", "__main__"})
 """May import the package's own modules inside a function, so that ``--help`` answers at once."""
 
 SLOW = frozenset({"arviz", "lightning", "lightning_fabric", "matplotlib", "sklearn"})
-LAZY = SLOW | {"pandas", "pooch", "zuko"}
+LAZY = SLOW | {"pandas", "pooch", "xarray", "zuko"}
 DRAWERS = frozenset({"common", "core", "helper", "helpers", "misc", "util", "utils"})
 MACHINE_PATH = re.compile(r"(?<![\w.:/~!])/(home|root|tmp|mnt|opt|srv|usr|var|work|workspace|Users)/\w")
 
