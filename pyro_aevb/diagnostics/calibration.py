@@ -93,9 +93,8 @@ class Calibration:
     def summary(self) -> "pandas.DataFrame":
         """Return a table with one line a quantity.
 
-        Its columns: ``p``; ``mean``, the mean rank on a scale from 0 to 1, where 0.5 is right; ``spread``, its mean square
-        about 0.5 in units of a uniform variable's, where 1 is right; ``finding``, what a quantity that fails says of the
-        guide, in words.
+        Its columns: ``p``; ``mean``, the mean rank on a scale from 0 to 1, where 0.5 is right; ``spread``, the variance of ranks
+        in units of a uniform variable's, where 1 is right; ``finding``, what a quantity that fails says of the guide, in words.
         """
         import pandas  # 0.5 s, which only those who ask for a table pay
 
@@ -103,7 +102,7 @@ class Calibration:
         columns = {
             "p": list(self.p_values.values()),
             "mean": scaled.mean(0).tolist(),
-            "spread": (12 * (scaled - 0.5).square().mean(0)).tolist(),
+            "spread": (12 * scaled.var(0, correction=0)).tolist(),
         }
         frame = pandas.DataFrame(columns, index=pandas.Index(self.quantities, name="quantity"))
         failed = set(self.failures())
@@ -183,6 +182,8 @@ def calibrate(
     that do not. With globals g the rows are simulated given one draw of g from q(g), or the values in ``given``, and
     q(z | x, g) is tested at that g: nothing is claimed about q(g). With ``data_plate=None`` the whole model is one row and each
     simulation a data set; the programs are read anew for each, some tenths of a second.
+
+    What the model masks of a latent is held at a constant, and its own rank is drawn at random.
 
     No gradient. Costs 2 (L + 1) runs of guide and 3 (L + 1) of the model a row, run together.
 
@@ -268,7 +269,9 @@ class _Ranking:
         """Rank all quantities of some rows, and the distances of TARP behind them."""
         density, guide = simulated.density, simulated.guide
         if guide is None:
-            raise SettingError("Expected rows that were simulated with a guide.")
+            raise SettingError(
+                "calibrate tests the draws of a guide, and guide=None was given. Give the trained guide."
+            )
         self.names = (*_coordinate_names(density), *TEST_QUANTITIES)
         count = density.num_rows
         references, scale = self._references(density)
@@ -279,6 +282,8 @@ class _Ranking:
             rows = slice(start, min(start + size, count))
             draws, _ = guide.rows(rows).draw(self.num_draws, seed=self._key + self._done)
             u = torch.cat((simulated.latents[rows][None].to(draws), draws))
+            # a guide may do as it likes where the model masks a latent: a constant there leaves the rank to chance
+            u = u.where(simulated.is_counted[rows], 0.0)
             distances = scaled_distances(u, references[rows], scale)
             values = torch.cat((_quantities(density.rows(rows), guide.rows(rows), u), distances[..., None]), -1)
             self._check(values)
@@ -297,14 +302,13 @@ class _Ranking:
 
     def _check(self, values: Float[Tensor, "draws rows quantities"]) -> None:
         """Refuse NaN, which has no rank."""
-        is_bad = values.isnan().any(1).any(0)
+        is_bad = values.isnan().any(0)
         if is_bad.any():
-            place = int(is_bad.nonzero()[0])
-            name = [*self.names, _DISTANCE][place]
+            place = int(is_bad.any(0).nonzero()[0])
             raise NonFiniteError(
-                f"{name} is NaN in {int(values[..., place].isnan().sum())} of {values[..., place].numel()} draws of the guide and "
-                f"true latents, so that it has no rank. Look at the guide's parameters; draws at the very edge of a support are "
-                f"avoided by float64."
+                f"{[*self.names, _DISTANCE][place]} is NaN in draws of {int(is_bad[:, place].sum())} of {len(is_bad)} simulated "
+                f"rows, so that it has no rank. Look at the guide's parameters for such data; draws at the very edge of a support "
+                f"are avoided by float64."
             )
 
 
@@ -343,9 +347,9 @@ def _finding(name: str, mean: float, spread: float, num_simulations: int) -> str
     if name == "log p(x,z)":
         return "draws too probable" if mean < 0.5 else "draws too improbable"
     if name == "log q(z|x)":
-        return "guide too narrow" if mean < 0.5 else "guide too wide"
+        return "guide too narrow or off" if mean < 0.5 else "guide too wide"
     shift = (mean - 0.5) * math.sqrt(12 * num_simulations)
-    # 12 (u - 1/2)^2 has variance 4/5
+    # 12 (u - 1/2)^2 of uniform u has variance 4/5
     widening = (spread - 1) * math.sqrt(num_simulations / 0.8)
     if abs(shift) > abs(widening):
         return "guide too low" if shift > 0 else "guide too high"

@@ -19,6 +19,7 @@ __all__ = ["RankTest", "rank_among"]
 _MAX_POINTS = 100
 """Points at which the distribution of ranks is compared: more of them hardly gain power."""
 _BISECTIONS = 30
+_ROUNDING = 1e-9
 
 Floats = NDArray[np.float64]
 
@@ -107,7 +108,8 @@ class RankTest:
         counts = self._counts(ranks)
         points = np.arange(len(counts))
         tails = np.minimum(self._below[points, counts], self._above[points, counts])
-        return self._escape(float(tails.min()))
+        # tails of equal size, such as those of mirrored counts, must not differ by rounding
+        return self._escape(float(tails.min()) * (1 + _ROUNDING))
 
     def band(self, level: float = 0.95) -> tuple[Floats, Floats]:
         """Return lower and upper ends between which the whole curve of :meth:`ecdf` lies with a probability of ``level`` or more.

@@ -4,19 +4,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import ModelError, SettingError
 from pyro_aevb.program.batch import batch_rows, take_rows
+from pyro_aevb.program.coordinates import Layout
 from pyro_aevb.program.density import LogDensity
+from pyro_aevb.program.model_rows import given_globals
 from pyro_aevb.program.observations import ToBatch, write_observations
-from pyro_aevb.program.particles import as_draws
+from pyro_aevb.program.particles import ParticleAxes, Records, as_draws, run_program
 from pyro_aevb.program.proposal import GuideDensity
 from pyro_aevb.program.rows import Rows
 from pyro_aevb.program.simulation import simulate_rows
-from pyro_aevb.program.structure import read_structure
+from pyro_aevb.program.structure import Structure, read_structure
 
 __all__ = ["SimulatedRows", "Simulator"]
 
@@ -29,11 +31,13 @@ class SimulatedRows:
         density: log p(x_n, z_n | g) of the rows.
         guide: q(z_n | x_n, g) in the same coordinates, or ``None``.
         latents: The unconstrained latents that the rows were made from: exact draws from p(z_n | x_n, g).
+        is_counted: Which of them no mask drops.
     """
 
     density: LogDensity
     guide: GuideDensity | None
     latents: Float[Tensor, "rows latent"]
+    is_counted: Bool[Tensor, "rows latent"]
 
 
 class Simulator:
@@ -53,6 +57,7 @@ class Simulator:
         given: Values of the globals that rows are simulated under.
 
     Raises:
+        SettingError: If there are no rows to recycle, or what is given is not one value of each global.
         ModelError: If the model is not supported or draws its own rows.
         GuideError: If the guide does not fit the model.
     """
@@ -69,6 +74,11 @@ class Simulator:
     ) -> None:
         self._model, self._guide, self._to_batch = model, guide, to_batch
         self._args, self._kwargs = batch
+        self._rows = batch_rows(*batch) or 0
+        if not self._rows and data_plate is not None:
+            raise SettingError(
+                "num_simulations recycles the rows of a template, and there are none: give a batch with one."
+            )
         self.structure = read_structure(model, *batch, data_plate=data_plate)
         if self.structure.draws_own_rows:
             plate = self.structure.data_plate
@@ -78,6 +88,11 @@ class Simulator:
             )
         is_open = self.structure.has_globals and self.structure.data_plate is not None
         self.given: Values = dict(given or {})
+        if self.given and (leading := given_globals(self.structure, self.given).leading):
+            raise SettingError(
+                f"Rows are simulated under one value of each global; the given ones have leading axes {list(leading)}. Give one "
+                f"draw of them after the other."
+            )
         if given is None and guide is not None and is_open:
             self.given = _draw_globals(Rows(model, guide, *batch, self.structure.data_plate))
 
@@ -85,7 +100,6 @@ class Simulator:
         """Yield simulated rows: all at once, or data set by data set where the whole model is one row.
 
         Raises:
-            SettingError: If there are no rows to recycle, or a value is given that is not a global's.
             ModelError: If a global is neither given nor drawn, or an observation can't be written back.
             GuideError: If the guide does not fit the model.
         """
@@ -96,12 +110,7 @@ class Simulator:
         """Return one template of as many rows as are simulated, or each simulation's own where the whole model is one row."""
         if self.structure.data_plate is None:
             return [(self._args, self._kwargs)] * num_simulations
-        rows = batch_rows(self._args, self._kwargs)
-        if not rows:
-            raise SettingError(
-                "num_simulations recycles the rows of a template, and there are none: give a batch with one."
-            )
-        return [take_rows(self._args, self._kwargs, torch.arange(num_simulations) % rows)]
+        return [take_rows(self._args, self._kwargs, torch.arange(num_simulations) % self._rows)]
 
     def _simulate(self, args: Args, kwargs: Kwargs) -> SimulatedRows:
         """Draw a batch from the model and read the densities of its latents."""
@@ -116,7 +125,8 @@ class Simulator:
         latents = {site.name: values[site.name] for site in structure.select("latent") if site.name not in self.given}
         if plate is None:
             latents = {name: value[None] for name, value in latents.items()}
-        return SimulatedRows(density, guide, density.unconstrain(latents))
+        records = run_program(self._model, structure, ParticleAxes(), args, kwargs)
+        return SimulatedRows(density, guide, density.unconstrain(latents), _is_counted(records, structure))
 
 
 def _draw_globals(rows: Rows) -> Values:
@@ -125,3 +135,18 @@ def _draw_globals(rows: Rows) -> Values:
     records = rows.sample_guide(args, kwargs, rows.program.axes(1, 1))
     sites = rows.structure.select("latent", is_local=False)
     return {site.name: as_draws(records[site.name], rows.structure)[0] for site in sites}
+
+
+def _is_counted(records: Records, structure: Structure) -> Bool[Tensor, "rows latent"]:
+    """Lay the masks of a run's latents out as their unconstrained coordinates."""
+    layout = Layout(structure)
+    parts: Values = {}
+    for name, slot in layout.slots.items():
+        value, event_dim = records[name].value, len(slot.site.event_shape)
+        mask = torch.as_tensor(records[name].mask, device=value.device).expand(value.shape)
+        if slot.event != slot.site.event_shape:
+            batch = value.shape[: value.dim() - event_dim]
+            mask = mask.reshape(*batch, -1).all(-1).reshape(*batch, *(1,) * len(slot.event)).expand(*batch, *slot.event)
+        parts[name] = mask
+    rows = 1 if structure.data_plate is None else structure.rows
+    return layout.join(parts, torch.ones(1, 1, rows, dtype=torch.bool, device=mask.device))[0, 0]
