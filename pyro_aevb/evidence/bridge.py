@@ -16,8 +16,9 @@ from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
 from pyro_aevb._types import PerRow
-from pyro_aevb.evidence.chains import ChainEstimator, Half, check_with_prior, effective_size, evaluate, halve, propose
+from pyro_aevb.evidence.chains import ChainEstimator, Half, check_with_prior, effective_size, halve, propose
 from pyro_aevb.evidence.gaussian import fit_gaussian
+from pyro_aevb.evidence.mixture import evaluate
 from pyro_aevb.evidence.problem import Problem
 from pyro_aevb.evidence.result import Bound, LogMarginal
 from pyro_aevb.evidence.rules import rate

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
@@ -12,13 +11,12 @@ from typing_extensions import override
 from pyro_aevb._types import PerRow
 from pyro_aevb.errors import SettingError
 from pyro_aevb.evidence.gaussian import RowGaussian
+from pyro_aevb.evidence.mixture import weigh_with_prior
 from pyro_aevb.evidence.problem import Estimator, Problem
 from pyro_aevb.mcmc.convergence import mean_ess
 from pyro_aevb.mcmc.draws import PosteriorDraws
 from pyro_aevb.mcmc.noise import Stream
 from pyro_aevb.mcmc.posterior import sample_rows
-from pyro_aevb.program.density import Density, LogDensity
-from pyro_aevb.program.rows import CHUNK_DRAWS
 from pyro_aevb.program.settings import check_count
 from pyro_aevb.weights import log_mean_exp
 
@@ -28,7 +26,6 @@ __all__ = [
     "Half",
     "check_with_prior",
     "effective_size",
-    "evaluate",
     "halve",
     "propose",
     "relative_weights",
@@ -124,14 +121,6 @@ def halve(draws: PosteriorDraws) -> tuple[Half, Half]:
     return Half(position[:, :middle], log_joint[:, :middle]), Half(position[:, middle:], log_joint[:, middle:])
 
 
-def evaluate(density: LogDensity, u: Float[Tensor, "draws rows latent"]) -> Density:
-    """Return log prior and log likelihood in float64, in pieces that bound the memory; NaN is no density, as for the chains."""
-    pieces = u.to(density.dtype).split(max(1, CHUNK_DRAWS // density.num_rows))
-    parts = [density(piece) for piece in pieces]
-    terms = (torch.cat(entries).double() for entries in zip(*parts, strict=True))
-    return Density(*(term.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf) for term in terms))
-
-
 def propose(problem: Problem, density: RowGaussian, num_draws: int, *, step: int) -> Float[Tensor, "draws rows latent"]:
     """Draw from a fitted density, each row by numbers of its own; rounded to what the model is evaluated at."""
     noise = problem.noise.normal(Stream.PROPOSAL, step, num_draws, density.dim)
@@ -172,19 +161,17 @@ class Check(NamedTuple):
 def check_with_prior(problem: Problem, fitted: RowGaussian, num_draws: int) -> Check:
     """Weigh draws of a fitted density and as many of the prior under the mixture of the two.
 
-    Weights of fixed numbers of draws from each under the density of the mixture are unbiased (Owen and Zhou 2000, "Safe and
-    effective importance sampling") and no larger than twice the likelihood. Chains that all missed a mode cannot know of it: the
-    prior's draws may, if the mode is not much narrower than the prior in many coordinates.
+    Chains that all missed a mode cannot know of it: the prior's draws may (:func:`~pyro_aevb.evidence.mixture.weigh_with_prior`).
     """
-    noise = problem.noise.fork(_FORK)
-    prior = problem.density.draw_prior(num_draws, seed=noise.seed % 2**31).double()
-    u = torch.cat([propose(replace(problem, noise=noise), fitted, num_draws, step=0), prior])
-    density = evaluate(problem.density, u)
-    log_fitted = fitted.log_density(u)
-    log_weights = density.log_joint - torch.logaddexp(log_fitted, density.log_prior) + math.log(2)
-    log_weights = log_weights.where(~log_weights.isnan(), -math.inf)
+    problem = replace(problem, noise=problem.noise.fork(_FORK))
+    log_weights, log_prior, log_fitted = weigh_with_prior(
+        problem,
+        propose(problem, fitted, num_draws, step=0),
+        lambda u: fitted.log_density(u.double()),
+        num_prior=num_draws,
+    )
     weights = relative_weights(log_weights)
-    is_outlier = (weights > _OUTLIER * weights.mean(0)) & (density.log_prior > log_fitted + math.log(_OUTLIER))
+    is_outlier = (weights > _OUTLIER * weights.mean(0)) & (log_prior > log_fitted + math.log(_OUTLIER))
     total = weights.sum(0)
     return Check(
         log_mean_exp(log_weights, 0),
