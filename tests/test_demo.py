@@ -87,6 +87,7 @@ def test_the_page_has_each_section(written):
         "Samples",
         "Two latents: the manifold",
         "How likely is an unseen digit?",
+        "By another method?",
         "The numbers",
         "The machine",
     ]
@@ -97,6 +98,15 @@ def test_the_page_tells_every_number_of_both_models(demo, written):
         for label, value in demo.trials[number].numbers().items():
             assert label in written.text, name
             assert value in written.text, (name, label)
+
+
+def test_the_page_tells_how_far_two_methods_are_apart(demo, written):
+    annealed, weighed = demo.estimates["ais"], demo.estimates["importance"]
+    assert (annealed.method, weighed.method, len(annealed), len(weighed)) == ("ais", "importance", 16, 16)
+    difference = annealed.value - weighed.value
+    text = " ".join(written.text)
+    assert f"lies {difference.mean():+.3f} nats from importance sampling" in text
+    assert f"between {difference.min():+.3f} and {difference.max():+.3f}" in text
 
 
 def test_the_page_says_what_a_grey_level_bound_is_not(written):

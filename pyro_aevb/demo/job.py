@@ -13,8 +13,10 @@ import torch
 from pyro_aevb.datasets import ImageData
 from pyro_aevb.demo import page
 from pyro_aevb.demo.report import report
-from pyro_aevb.demo.trial import PLANS, Plan, Trial, try_model
+from pyro_aevb.demo.trial import PLANS, Plan, Trial, compare_estimators, try_model
 from pyro_aevb.errors import FileError, SettingError
+from pyro_aevb.evidence.result import LogMarginal
+from pyro_aevb.evidence_plots import plot_agreement, plot_forest, plot_k_hat
 from pyro_aevb.plots import (
     plot_embedding,
     plot_history,
@@ -40,12 +42,14 @@ class DemoResult:
     Attributes:
         page: The page's file.
         trials: The model with many latents and the one with two.
+        estimates: log p(x) of a few digits under the first, by method.
         pictures: The page's figures by name.
         seconds: Wall-clock time of everything.
     """
 
     page: Path
     trials: tuple[Trial, Trial]
+    estimates: dict[str, LogMarginal]
     pictures: dict[str, "Figure"]
     seconds: float
 
@@ -85,12 +89,13 @@ def run(
     with _threads(plan.num_threads):
         images = plan.load()
         many, two = (try_model(plan, images, size, seed=seed, progress=progress) for size in (plan.latent, 2))
-        figures = _draw(images, many, two, seed)
+        estimates = compare_estimators(many, images.test, seed=seed, progress=progress)
+        figures = _draw(images, many, two, seed) | _draw_estimates(many, estimates)
         drawn = {name: page.png(figure) for name, figure in figures.items()}
         for name, content in drawn.items() if pictures is not None else ():
             page.write(folders[-1] / f"{name}.png", content)
-        result = DemoResult(folders[0] / "index.html", (many, two), figures, time.perf_counter() - start)
-        page.write(result.page, report(plan, images, result.trials, drawn, result.seconds))
+        result = DemoResult(folders[0] / "index.html", (many, two), estimates, figures, time.perf_counter() - start)
+        page.write(result.page, report(plan, images, result.trials, estimates, drawn, result.seconds))
     return result
 
 
@@ -156,4 +161,13 @@ def _draw(images: ImageData, many: Trial, two: Trial, seed: int) -> dict[str, "F
             title="Unseen digits in two dimensions; labels were not used in training",
         ),
         "log_marginal": plot_log_marginal(many.evidence),
+    }
+
+
+def _draw_estimates(many: Trial, estimates: dict[str, LogMarginal]) -> dict[str, "Figure"]:
+    """Draw what each estimator of log p(x) says about the same digits."""
+    return {
+        "forest": plot_forest(estimates, title="The same digits by annealing and by importance sampling"),
+        "agreement": plot_agreement(estimates["ais"], estimates["importance"]),
+        "k_hat": plot_k_hat(many.evidence),
     }
