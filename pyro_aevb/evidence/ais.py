@@ -12,14 +12,13 @@ from typing_extensions import override
 
 from pyro_aevb._types import PerRow
 from pyro_aevb.errors import SettingError, UnreliableWarning, warn_user
-from pyro_aevb.evidence.mixture import weigh_with_prior
+from pyro_aevb.evidence.mixture import few_rows, weigh_with_prior
 from pyro_aevb.evidence.problem import Estimator, Problem
 from pyro_aevb.evidence.result import Bound, LogMarginal
 from pyro_aevb.evidence.rules import degrees_of_freedom, rate
 from pyro_aevb.evidence.summary import quantile
 from pyro_aevb.mcmc.annealing import PILOT_CHAINS, Annealed, Path, anneal, sigmoid_schedule, tune
 from pyro_aevb.mcmc.noise import RowNoise
-from pyro_aevb.program.rows import CHUNK_DRAWS
 from pyro_aevb.program.settings import check_count
 
 __all__ = ["AIS", "ROUNDING", "Ladder", "average_weights"]
@@ -309,14 +308,12 @@ class _Check(NamedTuple):
 
 def _check(problem: Problem) -> _Check:
     """Weigh draws of the guide and of the prior under their mixture, some rows at a time."""
-    size = problem.density.chunk_rows or max(1, CHUNK_DRAWS // (_GUIDE_DRAWS + _PRIOR_DRAWS))
     noise = problem.noise.fork(_CHECK_FORK)
     # torch's seeds of the guide and of the prior must differ, else both would draw by the same numbers
     seed = (noise.seed + 1) % 2**31
     parts = []
-    for rows in torch.arange(problem.density.num_rows).split(size):
-        guide = problem.require_guide("ais from the guide").rows(rows)
-        part = Problem(density=problem.density.rows(rows), guide=guide, noise=noise.rows(rows))
+    for _, part in few_rows(replace(problem, noise=noise), _GUIDE_DRAWS + _PRIOR_DRAWS):
+        guide = part.require_guide("ais from the guide")
         u = guide.draw(_GUIDE_DRAWS, seed=seed)[0]
         weights = weigh_with_prior(part, u, guide.log_density, num_prior=_PRIOR_DRAWS)
         parts.append(average_weights(weights.log_weights)[:2])

@@ -54,7 +54,7 @@ def log_marginal(
     ==================  ===================================================================  ==========================
     method              what it does, and its settings                                       value
     ==================  ===================================================================  ==========================
-    ``"importance"``    draws from the guide, or from a Gaussian fitted to posterior draws   stochastic lower bound
+    ``"importance"``    draws from the guide, or around posterior draws and from the prior   stochastic lower bound
                         (:class:`~pyro_aevb.evidence.importance.Importance`)
     ``"ais"``           anneals chains from the guide or the prior to the posterior          stochastic lower bound
                         (:class:`~pyro_aevb.evidence.ais.AIS`)

@@ -1,7 +1,7 @@
 """Importance sampling from a mixture of a proposal and the prior, which finds modes that the proposal misses."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from pyro_aevb.evidence.problem import Problem
 from pyro_aevb.program.density import Density, LogDensity
 from pyro_aevb.program.rows import CHUNK_DRAWS
 
-__all__ = ["MixtureWeights", "evaluate", "weigh_with_prior"]
+__all__ = ["MixtureWeights", "evaluate", "few_rows", "weigh_with_prior"]
 
 LogProposal = Callable[[Tensor], Tensor]
 
@@ -71,6 +71,14 @@ def weigh_with_prior(
     mixture = torch.logaddexp(log_q + math.log1p(-share), density.log_prior + math.log(share))
     log_weights = density.log_joint - mixture
     return MixtureWeights(log_weights.where(~log_weights.isnan(), -math.inf), density.log_prior, log_q)
+
+
+def few_rows(problem: Problem, draws_per_row: int) -> Iterator[tuple[Tensor, Problem]]:
+    """Cut a problem so that all draws of a part's rows fit into memory: yield the places of rows, and the problem of these."""
+    size = problem.density.chunk_rows or max(1, CHUNK_DRAWS // draws_per_row)
+    for rows in torch.arange(problem.density.num_rows).split(size):
+        guide = problem.guide and problem.guide.rows(rows)
+        yield rows, Problem(density=problem.density.rows(rows), guide=guide, noise=problem.noise.rows(rows))
 
 
 def _pieces(u: Float[Tensor, "draws rows latent"]) -> tuple[Tensor, ...]:

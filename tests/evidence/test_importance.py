@@ -12,6 +12,11 @@ from torch import nn
 
 from pyro_aevb import log_marginal
 from pyro_aevb.errors import ModelError, SettingError, UnreliableWarning
+from pyro_aevb.evidence.gaussian import RowGaussian
+from pyro_aevb.evidence.importance import _propose_around
+from pyro_aevb.evidence.problem import Problem
+from pyro_aevb.mcmc.noise import RowNoise
+from pyro_aevb.program.density import LogDensity
 from pyro_aevb.testing import (
     BetaBinomial,
     EightSchools,
@@ -277,6 +282,39 @@ class TestPrograms:
         exact, x = LinearGaussian.fixture()
         quiet(exact.model, exact.mean_field_guide(), x, num_samples=300)
         assert len(pyro.get_param_store()) == 0
+
+
+def counts(x):
+    """Observe counts of an exponential rate: its logarithm has a tail that is heavier than any Gaussian's."""
+    with pyro.plate("data", len(x)):
+        rate = pyro.sample("rate", dist.Gamma(x.new_tensor(1.0), 1.0))
+        pyro.sample("x", dist.Poisson(rate), obs=x)
+
+
+@pytest.mark.slow
+def test_a_fitted_proposal_covers_tails_heavier_than_a_gaussians():
+    x = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    result = quiet(counts, None, x, proposal="fitted", num_samples=2000, seed=0)
+    exact = dist.GammaPoisson(1.0, x.new_tensor(1.0)).log_prob(x)
+    assert (result.k_hat < 0.5).all()
+    assert (result.standard_error < 0.05).all()
+    assert ((result.value - exact).abs() < 4 * result.standard_error).all()
+
+
+def test_a_fitted_proposal_needs_a_draw_of_each_part():
+    with pytest.raises(SettingError, match="at least 5, got 4"):
+        quiet(counts, None, torch.ones(2), proposal="fitted", num_samples=4)
+
+
+def test_draws_of_a_fitted_proposal_are_weighed_where_the_model_is_evaluated():
+    noise = RowNoise(0, torch.arange(2), dtype=torch.float32)
+    with torch.no_grad():
+        problem = Problem(density=LogDensity(counts, torch.ones(2)), guide=None, noise=noise)
+    q = RowGaussian(torch.full((2, 1), 1e4).double(), torch.ones(2, 1).double())
+    u, log_density = _propose_around(problem, q, 100)
+    assert torch.equal(u, u.float().double())
+    narrow, wide = (dist.Normal(1e4, torch.tensor(sd).double()).log_prob(u[..., 0]).exp() for sd in (1.0, 2.0))
+    assert torch.allclose(log_density(u), ((narrow + wide) / 2).log(), rtol=0, atol=1e-9)
 
 
 def test_an_unknown_method_lists_the_known():
