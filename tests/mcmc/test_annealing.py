@@ -122,10 +122,10 @@ def test_backwards_the_mean_weight_is_unbiased_for_the_inverse_ratio():
 
 
 def test_tuned_runs_are_unbiased_over_rows():
-    path, exact, _ = linear_gaussian(4000)
-    _, result = run(path, noise_of(4000), chains=4, dim=3, temperatures=40, rows=4000)
+    path, exact, _ = linear_gaussian(3000)
+    _, result = run(path, noise_of(3000), chains=4, dim=3, temperatures=25, rows=3000)
     ratios = (result.log_weights - exact).exp().mean(0)
-    assert abs(ratios.mean() - 1) < 4 * ratios.std() / 4000**0.5
+    assert abs(ratios.mean() - 1) < 4 * ratios.std() / 3000**0.5
 
 
 class Watched(RowNoise):
@@ -220,7 +220,7 @@ def test_a_transition_costs_its_leapfrog_steps_and_nothing_more():
 
 def test_the_pilot_costs_little():
     path, calls = counted(linear_gaussian(3)[0])
-    run(path, noise_of(3), chains=16, dim=3, temperatures=300, rows=3)
+    run(path, noise_of(3), chains=16, dim=3, temperatures=150, rows=3)
     pilot = sum(chains for chains in calls if chains == PILOT_CHAINS)
     assert pilot < 0.15 * (sum(calls) - pilot)
 
@@ -273,30 +273,30 @@ def test_a_hard_edge_is_integrated_right():
 
 def test_rows_are_the_same_in_chunks():
     exact, _ = LinearGaussian.fixture()
-    x, _ = exact.simulate(20, seed=0)
+    x, _ = exact.simulate(7, seed=0)
 
     def weights(rows: slice) -> Tensor:
         def path(u: Tensor) -> tuple[Tensor, Tensor]:
             prior = normal(u)
             return prior, prior + normal(x[rows], u @ exact.weight.T + exact.bias, exact.noise_variance.sqrt())
 
-        part = noise_of(20).rows(rows)
-        return run(path, part, chains=6, dim=3, temperatures=40, rows=part.num_rows)[1].log_weights
+        part = noise_of(7).rows(rows)
+        return run(path, part, chains=6, dim=3, temperatures=12, rows=part.num_rows)[1].log_weights
 
-    chunks = torch.cat([weights(slice(start, min(start + 7, 20))) for start in range(0, 20, 7)], 1)
-    torch.testing.assert_close(chunks, weights(slice(0, 20)), rtol=1e-10, atol=1e-10)
+    chunks = torch.cat([weights(slice(0, 4)), weights(slice(4, 7))], 1)
+    torch.testing.assert_close(chunks, weights(slice(0, 7)), rtol=1e-10, atol=1e-10)
 
 
 def test_weights_of_single_precision_add_up_in_double():
     path, _, _ = linear_gaussian(50)
-    _, double = run(path, noise_of(50), chains=16, dim=3, temperatures=100, rows=50)
+    _, double = run(path, noise_of(50), chains=16, dim=3, temperatures=40, rows=50)
 
     def single_path(u: Tensor) -> tuple[Tensor, Tensor]:
         log_start, log_end = path(u.double())
         return log_start.float(), log_end.float()
 
     noise = RowNoise(0, torch.arange(50), dtype=torch.float32)
-    start, schedule, scale = normal_starts(noise, 20, 3), sigmoid_schedule(100), torch.ones(50, 3)
+    start, schedule, scale = normal_starts(noise, 20, 3), sigmoid_schedule(40), torch.ones(50, 3)
     steps = tune(single_path, start[:4], schedule, noise, scale=scale, num_leapfrog=5)
     result = anneal(single_path, start[4:], schedule, noise, step_size=steps, scale=scale, num_leapfrog=5)
     assert steps.dtype == result.position.dtype == torch.float32

@@ -40,6 +40,18 @@ def draw(*args: Any, **settings: Any) -> PosteriorDraws:
         return hmc_posterior(*args, **{"seed": 0, "progress": False, **settings})
 
 
+@pytest.fixture
+def quick_annealing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anneal in a third of the steps, which find both of two modes still."""
+    monkeypatch.setattr(starts, "_NUM_TEMPERATURES", 12)
+
+
+@pytest.fixture
+def short_annealing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anneal in few steps, for tests that do not ask where chains start."""
+    monkeypatch.setattr(starts, "_NUM_TEMPERATURES", 4)
+
+
 def probabilities(values: Tensor, posterior: Any) -> Tensor:
     """Return the posterior probability below each value, coordinate by coordinate: uniform if the posterior is right."""
     if isinstance(posterior, torch.distributions.Beta):
@@ -64,6 +76,7 @@ def check_moments(values: Tensor, posterior: Any) -> None:
 # Exact posteriors
 
 
+@pytest.mark.usefixtures("quick_annealing")
 @pytest.mark.parametrize("kind", [GammaPoisson, BetaBinomial, LinearGaussian], ids=lambda kind: kind.__name__)
 def test_moments_are_those_of_the_exact_posterior(kind: type[ExactModel]) -> None:
     exact, _ = kind.fixture()
@@ -78,6 +91,7 @@ def test_moments_are_those_of_the_exact_posterior(kind: type[ExactModel]) -> Non
     assert draws.is_flagged.double().mean() <= 0.04  # by chance
 
 
+@pytest.mark.usefixtures("quick_annealing")
 def test_a_guide_does_not_change_what_is_sampled() -> None:
     # a guide that is the posterior of other data, five standard deviations off
     exact, _ = LinearGaussian.fixture()
@@ -105,6 +119,7 @@ def check_smoother(num_steps: int, num_rows: int, *, num_leapfrog: int) -> None:
         assert (values.std((0, 1)) - posterior.stddev).abs().max() < 0.02
 
 
+@pytest.mark.usefixtures("quick_annealing")
 def test_states_are_those_of_the_smoother() -> None:
     check_smoother(num_steps=2, num_rows=3, num_leapfrog=4)
 
@@ -114,13 +129,14 @@ def test_states_of_long_series_are_those_of_the_smoother() -> None:
     check_smoother(num_steps=20, num_rows=5, num_leapfrog=10)
 
 
+@pytest.mark.usefixtures("short_annealing")
 def test_ranks_of_simulated_latents_are_uniform() -> None:
     # Talts et al. (2018), with the log joint as a further quantity (Modrak et al. 2023): 1,000 rows at once
     exact, _ = LinearGaussian.fixture()
     x, latents = exact.simulate(1000, seed=3)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnreliableWarning)  # 480 draws of a row are few
-        settings: dict[str, Any] = {"num_chains": 8, "num_samples": 60, "warmup_steps": 60, "num_leapfrog": 8}
+        warnings.simplefilter("ignore", UnreliableWarning)  # 240 draws of a row are few
+        settings: dict[str, Any] = {"num_chains": 4, "num_samples": 60, "warmup_steps": 40, "num_leapfrog": 5}
         draws = hmc_posterior(exact.model, x, **settings, seed=0, progress=False)
     truth = latents["z"]
     log_joint = LogDensity(exact.model, x).log_joint(truth)
@@ -133,6 +149,7 @@ def test_ranks_of_simulated_latents_are_uniform() -> None:
 # Globals
 
 
+@pytest.mark.usefixtures("quick_annealing")
 def test_rows_are_conditioned_on_given_globals() -> None:
     exact, x = NormalNormal.fixture()
     given = torch.tensor(1.5, dtype=torch.float64)
@@ -150,6 +167,7 @@ def test_globals_must_be_given_and_one_at_a_time() -> None:
         draw(exact.model, x, given={"g": torch.zeros(3, dtype=torch.float64)})
 
 
+@pytest.mark.usefixtures("quick_annealing")
 def test_a_whole_model_is_one_row() -> None:
     exact, x = NormalNormal.fixture()
     draws = draw(exact.model, x, data_plate=None, num_chains=64, num_samples=80, warmup_steps=80, num_leapfrog=6)
@@ -199,12 +217,13 @@ def root(x: Tensor) -> None:
         pyro.sample("z", dist.Normal(positive.sqrt(), torch.where(positive > 1, 0.15, 0.5)))
 
 
+@pytest.mark.usefixtures("quick_annealing")
 @pytest.mark.parametrize("guide", [None, root], ids=["without guide", "with guide"])
 def test_modes_that_chains_do_not_connect_are_told(guide: Callable[..., None] | None) -> None:
     x = torch.tensor([9.0, -1.0], dtype=torch.float64).repeat_interleave(100)
     with pytest.warns(UnreliableWarning, match="of 200 rows"):
         draws = hmc_posterior(
-            square, x, guide=guide, num_samples=150, warmup_steps=80, num_leapfrog=5, seed=0, progress=False
+            square, x, guide=guide, num_samples=100, warmup_steps=40, num_leapfrog=3, seed=0, progress=False
         )
     two, one = draws.is_flagged.double().view(2, -1).mean(1)
     # eight annealed chains all end in the guide's mode in about one row of a hundred; chance flags a few of the others
@@ -215,6 +234,50 @@ def test_modes_that_chains_do_not_connect_are_told(guide: Callable[..., None] | 
     if guide is root:
         assert (is_positive[:8] == 1).all()  # the guide's half alone would have looked converged
         assert (draws.nested_r_hat[:100] > 1.01).double().mean() >= 0.95
+
+
+LEFT = torch.tensor([1e-4, 0.3], dtype=torch.float64).repeat_interleave(20)
+
+
+def peaks(z: Tensor, left: Tensor) -> Tensor:
+    """Return the log likelihood of two peaks at -2 and 2, of which the left one holds a share ``left``."""
+    return torch.logaddexp(
+        left.log() - 0.5 * ((z + 2) / 0.3).square(), (1 - left).log() - 0.5 * ((z - 2) / 0.4).square()
+    )
+
+
+def two_peaks(left: Tensor) -> None:
+    with pyro.plate("data", len(left)):
+        z = pyro.sample("z", dist.Normal(left.new_zeros(()), 3.0))
+        pyro.factor("peaks", peaks(z, left))
+
+
+def left_peak(left: Tensor) -> None:
+    """Know the left peak alone."""
+    with pyro.plate("data", len(left)):
+        pyro.sample("z", dist.Normal(left.new_full((), -2.0), 0.3))
+
+
+@pytest.mark.usefixtures("quick_annealing")
+def test_chains_leave_a_mode_that_is_empty_and_no_other() -> None:
+    z = torch.linspace(-8, 8, 20_001, dtype=torch.float64)[:, None]
+    mass = (peaks(z, LEFT) - z.square() / 18).softmax(0)
+    is_empty = (mass * (z < 0)).sum(0) < 1e-3
+    assert is_empty.sum() == 20
+    assert (mass * (z < 0)).sum(0)[~is_empty].min() > 0.2
+    with pytest.warns(UnreliableWarning, match="of 40 rows"):
+        draws = hmc_posterior(
+            two_peaks, LEFT, guide=left_peak, num_samples=100, warmup_steps=60, num_leapfrog=3, seed=0, progress=False
+        )
+    values = draws.samples["z"]
+    is_left = values < 0
+    assert not is_left[:, :, is_empty].any()
+    inside = values[:, :, is_empty]
+    mean, error = inside.mean((0, 1)), inside.std((0, 1)) / mean_ess(inside).sqrt()
+    assert ((mean - (mass * z).sum(0)[is_empty]).abs() < 4.5 * error).all()
+    assert is_left[:8, :, ~is_empty].double().mean() > 0.9  # where the guide led; a few jump before steps are small
+    assert draws.is_flagged[~is_empty].double().mean() > 0.9
+    assert draws.is_flagged[is_empty].double().mean() < 0.1
 
 
 def normals(spoil: Callable[[Tensor], Tensor] | None = None) -> LogDensity:
@@ -266,12 +329,6 @@ def test_a_broken_row_is_flagged_and_leaves_the_others_alone_bit_for_bit(spoil: 
 
 
 # Chunks, seeds, settings
-
-
-@pytest.fixture
-def short_annealing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anneal in few steps, for tests that do not ask where chains start."""
-    monkeypatch.setattr(starts, "_NUM_TEMPERATURES", 4)
 
 
 @pytest.mark.usefixtures("short_annealing")
