@@ -22,6 +22,7 @@ from pyro_aevb.diagnostics.collapse_result import CollapseReport
 from pyro_aevb.diagnostics.latent_units import SiteUnits, split_kl, to_units
 from pyro_aevb.diagnostics.mutual_information import RowDraws, information_terms, local_latents
 from pyro_aevb.errors import DataError, GuideError, ModelError, SettingError
+from pyro_aevb.program.agreement import is_delta
 from pyro_aevb.program.batch import batch_rows, take_rows
 from pyro_aevb.program.rows import Rows, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
@@ -29,6 +30,9 @@ from pyro_aevb.training.data import as_batch
 from pyro_aevb.training.loop import EpochEnd, FitResult
 
 __all__ = ["CollapseMonitor", "CollapseReport", "collapse_report"]
+
+SEED = 150900519
+"""Seed of a monitor's draws: none that data are likely to be made under, since noise equal to the data's is no noise."""
 
 
 def collapse_report(
@@ -72,7 +76,7 @@ def collapse_report(
         SettingError: If a setting is out of range or a keyword unknown.
         DataError: If there are fewer than two rows, or NaN reaches a density.
         ModelError: If the model is not supported or has no latents of rows.
-        GuideError: If the guide does not fit the model, or reads local latents off auxiliary sites.
+        GuideError: If the guide does not fit the model, or has points or auxiliary sites inside the data plate.
 
     Example:
         >>> from pyro_aevb.diagnostics.collapse import collapse_report
@@ -122,10 +126,15 @@ def _check_rows(rows: Rows) -> None:
     if not local_latents(rows):
         raise ModelError("The model has no latents inside the data plate, so there is nothing that could collapse.")
     for name, site in rows.program.guide_sites.items():
-        if site.is_auxiliary and site.is_local:
+        if site.is_local and (site.is_auxiliary or is_delta(site)):
+            what = (
+                "draws the auxiliary site {!r} inside the data plate"
+                if site.is_auxiliary
+                else "has a point (Delta) at {!r}"
+            )
             raise GuideError(
-                f"The guide draws the auxiliary site {name!r} inside the data plate, from which it reads latents off, so that they "
-                f"have no densities of their own. Use a guide that samples each latent itself.",
+                f"The guide {what.format(name)}, so that its latents have no densities to compare. Use a guide that samples each "
+                f"latent of a row from a distribution of its own.",
                 site=name,
             )
 
@@ -258,7 +267,7 @@ class CollapseMonitor:
         num_samples: int = 50,
         max_rows: int = 1000,
         threshold: float = 0.01,
-        seed: int = 0,
+        seed: int = SEED,
     ) -> None:
         check_count("every", every)
         _check_settings(num_samples, max_rows, threshold)

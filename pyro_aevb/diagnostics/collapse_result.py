@@ -29,7 +29,8 @@ class CollapseReport:
         site_kl: The KL term of each site, averaged over rows; their sum is the bound's.
         kl_error: Standard error of the sum as an average over all possible rows.
         mutual_information: I(n; z) between a row's index and its latents, at most the logarithm of ``num_rows``. As an estimate
-            for all possible rows it is biased low, since the rows' own average stands for the aggregate posterior.
+            for all possible rows it is biased low, since the rows' own average stands for the aggregate posterior. NaN where a
+            latent has a scale of its own (``poutine.scale``).
         mutual_information_error: Its Monte Carlo standard error.
         num_rows: Number of rows.
         threshold: Variance above which a unit is active.

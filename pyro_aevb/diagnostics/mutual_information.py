@@ -7,10 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_aevb._types import Args, Kwargs, Values
-from pyro_aevb.program.agreement import check_separable
 from pyro_aevb.program.batch import batch_rows
 from pyro_aevb.program.coordinates import in_plates, rows_first
-from pyro_aevb.program.particles import Records
+from pyro_aevb.program.particles import Records, SiteRecord
 from pyro_aevb.program.placing import Unmasked
 from pyro_aevb.program.rows import Rows
 from pyro_aevb.program.structure import Site
@@ -69,23 +68,26 @@ class RowDraws:
 def information_terms(rows: Rows, draws: RowDraws) -> Float[Tensor, " rows"]:
     r"""Return :math:`\log q(z_n | x_n) - \log \frac1N \sum_m q(z_n | x_m)` of each row, in nats; their mean is I(n; z).
 
-    Costs :math:`N^2` evaluations of the guide's density. Masks of latents are taken off.
+    Costs :math:`N^2` evaluations of the guide's density. Masks of latents are taken off. NaN where a latent has a scale of its
+    own: what is scaled is no density.
 
     Args:
         rows: The N rows.
         draws: A draw z_n of each from the guide.
-
-    Raises:
-        ModelError: If a site of the guide is scaled.
     """
     count = int(rows.count or 0)
-    check_separable("the density of a row's latents", rows.program.guide_sites, rows.program.guide_sites)
+    if any(_is_scaled(rows.program.guide_sites[site.name]) for site in local_latents(rows)):
+        return torch.full((count,), math.nan, dtype=torch.float64)
     columns = []
     for args, kwargs, size in rows.chunks(None, min(BLOCK, count), progress=False):
         blocks = [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
         columns.append(torch.cat([_weigh(rows, draws, block, args, kwargs)[:, :size] for block in blocks]))
     log_q = torch.cat(columns, 1).double()
     return log_q.diagonal() - torch.logsumexp(log_q, 1) + math.log(count)
+
+
+def _is_scaled(site: SiteRecord) -> bool:
+    return not isinstance(site.scale, float) or site.scale != 1.0
 
 
 def _weigh(rows: Rows, draws: RowDraws, block: slice, args: Args, kwargs: Kwargs) -> Float[Tensor, "block rows"]:

@@ -59,13 +59,17 @@ def _draw_number(ax: "Axes", entry: StatisticCheck) -> None:
     """Draw where a number lies among its replicates."""
     low, high = _range(entry.posterior, entry.observed)
     edges = torch.linspace(low, high, 31).tolist()
-    posterior, prior = (draws.reshape(-1).numpy() for draws in (entry.posterior, entry.prior))
-    ax.hist(posterior, color=BLUE, alpha=0.7, bins=edges, density=True, label="posterior")
-    if ((prior >= low) & (prior <= high)).any():
-        ax.hist(prior, histtype="step", color=GREY, bins=edges, density=True, label="prior")
+    # shares of all draws: the prior's that lie outside the picture count too
+    posterior, prior = (draws.reshape(-1) for draws in (entry.posterior, entry.prior))
+    ax.hist(posterior.numpy(), edges, weights=_equal(posterior), color=BLUE, alpha=0.7, label="posterior")
+    ax.hist(prior.numpy(), edges, weights=_equal(prior), histtype="step", color=GREY, label="prior")
     ax.axvline(entry.observed.item(), color=VERMILLION, linewidth=2, label="data")
     name_axes(ax, entry.name, "", f"p = {entry.p_value.item():.3f} ± {entry.p_error.item():.3f}")
     ax.legend(frameon=False, fontsize=8)
+
+
+def _equal(draws: Tensor) -> list[float]:
+    return [1 / len(draws)] * len(draws)
 
 
 def _range(posterior: Tensor, observed: Tensor) -> tuple[float, float]:

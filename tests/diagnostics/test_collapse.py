@@ -86,7 +86,7 @@ class TestClosedForms:
     @pytest.mark.parametrize("scale", [0.1, 0.3, 1.0])
     def test_mutual_information_is_that_of_the_mixture(self, scale):
         x = 2**0.5 * torch.randn(500, dtype=torch.float64)
-        report = collapse_report(one_latent, functools.partial(shrinking_guide, scale=scale), x, seed=0)
+        report = collapse_report(one_latent, functools.partial(shrinking_guide, scale=scale), x, seed=1)
         expected = information_by_quadrature(x / 2, scale)
         assert report.mutual_information == pytest.approx(expected, abs=5 * report.mutual_information_error)
         assert report.mutual_information_error < 0.05
@@ -258,6 +258,55 @@ class TestStructures:
         expected = (normal_kl(x / 2, torch.tensor(0.09)) * mask).mean().item()
         assert report.kl.item() == pytest.approx(expected, rel=1e-5)
         assert report.total_kl == pytest.approx(expected, rel=1e-5)
+        information = information_by_quadrature(x.double() / 2, 0.3)
+        assert report.mutual_information == pytest.approx(information, abs=5 * report.mutual_information_error)
+
+    def test_scaled_latents_count_as_in_the_bound_and_have_no_density(self):
+        def program(x, is_model):
+            with pyro.plate("data", len(x)):
+                with poutine.scale(scale=0.25):
+                    z = pyro.sample("z", dist.Normal(0.0, 1.0) if is_model else dist.Normal(x / 2, 0.3))
+                if is_model:
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        x = torch.randn(100)
+        programs = [functools.partial(program, is_model=is_model) for is_model in (True, False)]
+        report = collapse_report(*programs, x, seed=0)
+        expected = 0.25 * normal_kl(x / 2, torch.tensor(0.09)).mean().item()
+        assert report.kl.item() == pytest.approx(expected, rel=1e-5)
+        assert report.total_kl == pytest.approx(expected, rel=1e-5)
+        assert math.isnan(report.mutual_information)
+
+    def test_draws_are_weighed_given_the_globals_that_they_were_drawn_with(self):
+        def program(x, is_model):
+            g = pyro.sample("g", dist.Normal(0.0, 3.0))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(g, 1.0) if is_model else dist.Normal(g + x / 2, 0.3))
+                if is_model:
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        x = torch.randn(300, dtype=torch.float64)
+        programs = [functools.partial(program, is_model=is_model) for is_model in (True, False)]
+        report = collapse_report(*programs, x, num_samples=20, seed=1)
+        # the global moves all rows together: it tells none from another
+        information = information_by_quadrature(x / 2, 0.3)
+        assert report.mutual_information == pytest.approx(information, abs=5 * report.mutual_information_error)
+        assert report.variance.item() == pytest.approx((x / 2).var().item(), rel=1e-6)
+
+    def test_angles_are_turned_into_their_interval(self):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.VonMises(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(2 * math.pi + x / 4, 1e-3))
+
+        x = torch.randn(100)
+        report = collapse_report(model, guide, x, seed=1)
+        place = ((x / 4 + math.pi) / (2 * math.pi)).logit()
+        assert report.variance.item() == pytest.approx(place.var().item(), rel=1e-3)
 
     def test_rows_are_spread_over_sorted_data(self):
         x = torch.linspace(-3.0, 3.0, 1000)
@@ -337,6 +386,14 @@ class TestReport:
         with pytest.raises(GuideError, match="auxiliary site 'noise'"):
             collapse_report(one_latent, guide, torch.randn(4))
 
+    def test_a_guide_of_points(self):
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Delta(x))
+
+        with pytest.raises(GuideError, match="a point \\(Delta\\) at 'z'"):
+            collapse_report(one_latent, guide, torch.randn(4))
+
 
 class Decoder(nn.Module):
     """A linear decoder of three latents, of which the last is never read."""
@@ -377,7 +434,7 @@ class TestMonitor:
         assert last["kl"] == pytest.approx(sum(last[f"kl_z[{unit}]"] for unit in range(3)), rel=1e-6)
         assert last["kl_z"] == pytest.approx(last["kl"], rel=1e-6)
         assert {"kl", "kl_z[0]", "mutual_information"} <= set(result.to_pandas().columns)
-        after = collapse_report(model, guide, data[:100], num_samples=10, seed=0)
+        after = collapse_report(model, guide, data[:100], num_samples=10, seed=monitor.settings["seed"])
         assert monitor.report.total_kl == after.total_kl == pytest.approx(last["kl"])
         assert monitor.report.mutual_information == after.mutual_information
 
