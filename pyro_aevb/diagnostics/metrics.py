@@ -104,7 +104,8 @@ def wasserstein(draws: Draws, reference: Chains) -> Distance:
 
     of the empirical distribution functions. It is what a unit of mass has to move on average; a shift by one standard deviation
     is 1. Between finite sets of one distribution it is not 0 but about :math:`\sqrt{2 / \pi} \sqrt{1/S + 1/S'} \int \sqrt{F (1 -
-    F)} / \sigma`, since :math:`F - G` is next to normal at each z; S' is the effective number of draws of the chains.
+    F)} / \sigma`, since :math:`F - G` is next to normal at each z. S' is the effective number of draws for the mean; tails mix
+    faster, so that this is up to a fifth too much for autocorrelated chains.
 
     Example:
         >>> noise = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
