@@ -124,7 +124,8 @@ def plot_agreement(
         first: Results of one method.
         second: Results of another for the same rows.
         names: Their names; by default those of the methods.
-        title: By default the mean difference with its Monte Carlo error, and how many rows differ by more than three of theirs.
+        title: By default the mean difference with its Monte Carlo error, and how many rows differ by more than three of theirs
+            and how many have none, in either method.
 
     Returns:
         First minus second, in nats, over the first's value, with bars of one joint standard error. Rows that either method calls
@@ -150,6 +151,9 @@ def plot_agreement(
     heading = (
         f"{one} minus {other}: {number(difference.mean().item())} nats on average, {num_apart} rows over 3 errors apart"
     )
+    num_void = int(error.isnan().sum())
+    if num_void:
+        heading += f", {num_void} without an error"
     name_axes(ax, f"{first.label} by {one} (nats)", f"{one} minus {other} (nats)", title or heading)
     return figure
 

@@ -102,7 +102,12 @@ class TestAgreement:
     def test_the_title_tells_the_mean_and_the_rows_apart(self, importance, ais):
         apart = replace(ais, value=ais.value + torch.eye(12, dtype=torch.float64)[7] * 3)
         title = plot_agreement(apart, importance).axes[0].get_title(loc="left")
-        assert "ais minus importance: 0.30 nats on average, 1 rows over 3 errors apart" in title
+        assert title == "ais minus importance: 0.30 nats on average, 1 rows over 3 errors apart"
+
+    def test_the_title_tells_the_rows_without_an_error(self, importance, ais):
+        void = ais.standard_error.index_fill(0, torch.tensor([2, 5, 7]), math.nan)
+        title = plot_agreement(replace(ais, standard_error=void), importance).axes[0].get_title(loc="left")
+        assert title.endswith("0 rows over 3 errors apart, 3 without an error")
 
     def test_rows_that_either_flags_are_crosses(self, importance, ais):
         (crosses,) = [line for line in plot_agreement(ais, importance).axes[0].lines if line.get_marker() == "x"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pyro_aevb._types import PerRow
@@ -24,7 +24,7 @@ from pyro_aevb.status import Status
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Bound", "LogMarginal", "Status", "concatenate", "first_rows"]
+__all__ = ["Bound", "LogMarginal", "Status", "concatenate"]
 
 
 _LEVELS = tuple(Status)
@@ -103,6 +103,25 @@ class LogMarginal:
     def is_flagged(self) -> Bool[Tensor, " rows"]:
         """Which rows have status ``unreliable``; pooled statistics should leave them out and say so."""
         return self._is_status(Status.UNRELIABLE)
+
+    def rows(self, index: slice | Sequence[int] | Tensor) -> "LogMarginal":
+        """Return the result of some rows, in the order asked for; the joint evidence of all rows is left out.
+
+        Args:
+            index: A slice, places of rows, or a boolean for each row, such as ``~result.is_flagged``.
+
+        Raises:
+            DataError: If a place is out of range, or booleans are not one a row.
+
+        Example:
+            >>> from pyro_aevb.evidence.averages import from_log_weights
+            >>> result = from_log_weights(torch.zeros(1, 200, 5))
+            >>> len(result.rows([0, 3])), len(result.rows(slice(1, None))), len(result.rows(~result.is_flagged))
+            (2, 4, 5)
+        """
+        places = _find_places(index, len(self))
+        entries: dict[str, Any] = {name: _take(entry, places) for name, entry in self._per_row().items()}
+        return replace(self, **entries, joint=None)
 
     def interval(self, level: float = 0.95) -> tuple[PerRow, PerRow]:
         r"""Return the ends of the interval that covers each row's truth with a probability of about ``level``.
@@ -267,16 +286,30 @@ def concatenate(results: Sequence[LogMarginal]) -> LogMarginal:
     return LogMarginal(**joined)
 
 
-def first_rows(result: LogMarginal, count: int) -> LogMarginal:
-    """Return the first rows of a result, such as those of a chunk that was padded.
+def _find_places(index: slice | Sequence[int] | Tensor, num_rows: int) -> list[int]:
+    """Turn an index of rows to their places.
 
-    Args:
-        result: A result.
-        count: How many rows to keep.
-
-    Example:
-        >>> from pyro_aevb.evidence.averages import from_log_weights
-        >>> len(first_rows(from_log_weights(torch.zeros(1, 200, 3)), 2))
-        2
+    Raises:
+        DataError: If it does not fit the rows.
     """
-    return replace(result, **{name: entry[:count] for name, entry in result._per_row().items()})
+    if isinstance(index, slice):
+        return list(range(num_rows))[index]
+    given = torch.as_tensor(index, device="cpu")
+    if given.dtype == torch.bool and given.shape == (num_rows,):
+        return given.nonzero()[:, 0].tolist()
+    if given.numel() == 0 and given.dim() == 1 and given.dtype != torch.bool:
+        return []
+    is_integer = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    if not is_integer or given.dim() != 1 or bool(((given < -num_rows) | (given >= num_rows)).any()):
+        raise DataError(
+            f"Expected a slice, places from 0 to {num_rows - 1} in one axis or {num_rows} booleans, got {index!r}. A single row "
+            "is rows([place])."
+        )
+    return (given % num_rows).tolist()
+
+
+def _take(entry: PerRow | tuple[Status, ...], places: list[int]) -> Float[Tensor, " part"] | tuple[Status, ...]:
+    """Take places of a field that holds one entry a row."""
+    if isinstance(entry, Tensor):
+        return entry[torch.tensor(places, dtype=torch.long, device=entry.device)]
+    return tuple(entry[place] for place in places)

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +15,7 @@ from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import ModelError
 from pyro_aevb.evidence.averages import average_over_globals, joint_evidence
 from pyro_aevb.evidence.problem import Estimator, Problem
-from pyro_aevb.evidence.result import Bound, LogMarginal, concatenate, first_rows
+from pyro_aevb.evidence.result import Bound, LogMarginal, concatenate
 from pyro_aevb.mcmc.noise import RowNoise
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.particles import as_draws
@@ -22,7 +24,7 @@ from pyro_aevb.program.rows import CHUNK_DRAWS, Rows
 from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.randomness import preserved_rng
 
-__all__ = ["EstimatorRun", "name_quantity"]
+__all__ = ["EstimatorRun", "as_tensors", "draw_globals", "name_quantity"]
 
 
 class EstimatorRun:
@@ -81,7 +83,7 @@ class EstimatorRun:
                 share = count / len(self._conditioned)
                 for number, results in enumerate(given_each):
                     problem = self._problem(number, rows, _scaled(advance, share))
-                    results.append(first_rows(estimator.estimate(problem), count))
+                    results.append(estimator.estimate(problem).rows(slice(count)))
         _draw_key()  # the next run draws by another
         return self._join([concatenate(results) for results in given_each])
 
@@ -121,6 +123,15 @@ def _check_no_globals(structure: Structure) -> None:
             f"fix them by pyro.condition(model, data={{{names[0]!r}: ...}}), or take the whole model as one row, data_plate=None.",
             site=names[0],
         )
+
+
+def as_tensors(args: Args, kwargs: Kwargs) -> tuple[Args, dict[str, Any]]:
+    """Turn the batch's numpy arrays to tensors, which share their memory."""
+
+    def convert(item: Any) -> Any:
+        return torch.from_numpy(item) if isinstance(item, np.ndarray) else item
+
+    return tuple(map(convert, args)), {name: convert(item) for name, item in kwargs.items()}
 
 
 def draw_globals(rows: Rows, num_draws: int) -> tuple[list[Values], Float[Tensor, " particles"]]:
