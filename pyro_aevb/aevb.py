@@ -224,7 +224,16 @@ class AEVB:
             *batch: Rows to weigh.
             method: Name of the estimator.
             **settings: Of :func:`pyro_aevb.log_marginal` and of the estimator, and the batch's keyword arguments.
+
+        Raises:
+            SettingError: If ``data_plate`` is among the settings: it is the wrapper's own.
         """
+        if "data_plate" in settings:
+            raise SettingError(
+                f"log_marginal of an AEVB takes the rows of its own data_plate={self._plate!r}, got "
+                f"data_plate={settings['data_plate']!r}. Call the function instead: pyro_aevb.log_marginal(vi.model, vi.guide, "
+                f"..., data_plate={settings['data_plate']!r})."
+            )
         own = [setting.name for setting in fields(find_method(method))]
         return self._call(log_marginal, batch, settings, also=own, method=method)
 

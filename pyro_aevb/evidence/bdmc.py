@@ -18,7 +18,7 @@ from pyro_aevb.evidence.ais import AIS, ROUNDING, average_weights
 from pyro_aevb.evidence.problem import Problem
 from pyro_aevb.evidence.result import Status
 from pyro_aevb.evidence.rules import rate
-from pyro_aevb.evidence.running import draw_globals
+from pyro_aevb.evidence.running import as_tensors, draw_globals
 from pyro_aevb.evidence.summary import number
 from pyro_aevb.mcmc.noise import RowNoise
 from pyro_aevb.program.batch import batch_rows, take_rows
@@ -226,6 +226,7 @@ def bdmc(
     check_count("num_simulations", num_simulations)
     check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, bdmc)
+    batch, covariates = as_tensors(batch, covariates)
     annealing = AIS(
         num_chains=num_chains,
         num_temperatures=num_temperatures,

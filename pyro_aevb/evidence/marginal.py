@@ -16,7 +16,7 @@ from pyro_aevb.evidence.problem import Estimator, require_guide
 from pyro_aevb.evidence.quadrature import Quadrature
 from pyro_aevb.evidence.reciprocal import Reciprocal
 from pyro_aevb.evidence.result import LogMarginal
-from pyro_aevb.evidence.running import EstimatorRun, name_quantity
+from pyro_aevb.evidence.running import EstimatorRun, as_tensors, name_quantity
 from pyro_aevb.program.rows import Rows, inferring
 from pyro_aevb.program.settings import NOTE, check_count, check_settings
 
@@ -79,7 +79,7 @@ def log_marginal(
     Args:
         model: The model.
         guide: The guide, trained; ``None`` for methods that do without one.
-        *batch: Rows to weigh, as positional arguments of the model.
+        *batch: Rows to weigh, as positional arguments of the model; numpy arrays are accepted.
         method: Name of the estimator.
         preset: Name of a set of the estimator's settings; settings given by name come before it.
         num_samples: Draws per row (and per global draw): K of ``"importance"``, by default 5,000; for methods with posterior
@@ -116,11 +116,14 @@ def log_marginal(
         >>> bool(((result.value - exact).abs() < 4 * result.standard_error).all())
         True
     """
-    covariates = {name: item for name, item in settings.items() if isinstance(item, (Tensor, np.ndarray))}
+    covariates: dict[str, Any] = {
+        name: item for name, item in settings.items() if isinstance(item, (Tensor, np.ndarray))
+    }
     own = {name: item for name, item in settings.items() if name not in covariates}
     estimator = make_estimator(method, preset, num_samples, own)
     check_count("num_global_samples", num_global_samples)
     check_count("chunk_size", chunk_size, is_optional=True)
+    batch, covariates = as_tensors(batch, covariates)
     with inferring(seed, *((model,) if guide is None else (model, guide))):
         if isinstance(estimator, Importance) and estimator.proposal == "guide":
             rows = Rows(model, require_guide(guide, method), batch, covariates, data_plate)
