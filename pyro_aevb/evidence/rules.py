@@ -53,8 +53,8 @@ def rate(
             more than three standard errors apart.
 
     Example:
-        >>> [str(status) for status in rate(torch.tensor([0.1, 0.3, 0.1]), k_hat=torch.tensor([0.2, 0.2, 0.8]))]
-        ['ok', 'warn', 'unreliable']
+        >>> print(*rate(torch.tensor([0.1, 0.3, 0.1]), k_hat=torch.tensor([0.2, 0.2, 0.8])))
+        ok warn unreliable
     """
     is_doubtful = standard_error > 0.25
     is_unreliable = ~(standard_error <= 0.5)
