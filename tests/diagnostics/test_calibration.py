@@ -42,6 +42,8 @@ class TestLinearGaussian:
         assert result.ranks.shape == (1000, 6)
         assert min(result.p_values.values()) > 1e-3
         assert result.failures() == ()
+        # the level is shared among six quantities
+        assert result.failures(0.999) == tuple(name for name, p in result.p_values.items() if p < 0.999 / 6)
         assert abs(result.tarp.area) < 4 * result.tarp.standard_error
         assert result.tarp.p_value > 1e-3
 
@@ -125,6 +127,12 @@ def test_mean_ranks_are_those_of_the_closed_form():
     # a coordinate has the rank Phi(t / 0.7), t standard normal
     t = stats.norm.ppf((torch.arange(20_000).numpy() + 0.5) / 20_000)
     spread = 12 * stats.norm.cdf(t / 0.7).var()
+    # norms by simulation: the posterior's mean, and two draws around it
+    truth, _ = exact.simulate(20_000, seed=1)
+    q = exact.posterior(truth)["z"]
+    one, other = q.sample(), q.mean + 0.7 * (q.sample() - q.mean)
+    share = (other.norm(dim=-1) < one.norm(dim=-1)).double().mean().item()
+    assert table["mean"]["|z|"] == pytest.approx(share, abs=0.04)
     assert table["spread"][:3].to_list() == pytest.approx([spread] * 3, abs=0.12)
 
 
@@ -186,6 +194,9 @@ def test_covariates_are_used_observations_ignored_and_rows_recycled():
     second = run(regression, regression_guide, torch.full((2,), 1e3), weight=weight, num_simulations=401)
     assert torch.equal(first.ranks, second.ranks)
     assert min(first.p_values.values()) > 1e-3
+    other = run(regression, regression_guide, torch.zeros(2), weight=torch.tensor([0.0, 1.0]), num_simulations=401)
+    assert torch.equal(first.ranks[::2], other.ranks[::2])
+    assert not torch.equal(first.ranks[1::2], other.ranks[1::2])
     # a guide that takes the second row's covariate for the first's is right in every other row only
     turned = partial(swapped_guide, regression_guide)
     assert run(regression, turned, torch.zeros(2), weight=weight, num_simulations=401).p_values["z"] < 1e-6
@@ -234,9 +245,17 @@ def test_masked_latents_do_not_count():
 
 def test_a_whole_model_is_calibrated_data_set_by_data_set():
     exact, template = LinearGaussian.fixture()
-    result = run(exact.model, exact.guide, template.repeat(2, 1), data_plate=None, num_simulations=12, num_draws=50)
+    kept = []
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            kept.append(pyro.sample("z", exact.posterior(x)["z"]) - exact.posterior(x)["z"].mean)
+
+    result = run(exact.model, guide, template.repeat(2, 1), data_plate=None, num_simulations=12, num_draws=50)
     assert result.coordinates == tuple(f"z[{row}, {place}]" for row in range(2) for place in range(3))
     assert len(result.ranks[:, 0].unique()) > 6
+    noise = torch.stack([drawn for drawn in kept if drawn.shape[0] == 50]).flatten()
+    assert len((1e6 * noise).round().unique()) > 0.9 * 12 * 300  # every data set has draws of its own
     assert min(result.p_values.values()) > 1e-3
 
 
