@@ -23,9 +23,9 @@ def normal(u):
     return -0.5 * u.square().sum(-1)
 
 
-def measured(target, step_size, *, rows=100, dim=3, max_num_leapfrog=60):
+def measured(target, step_size, *, rows=100, dim=3, chains=16, max_num_leapfrog=60):
     noise = row_noise(rows)
-    state = start(target, noise.normal(Stream.START, 0, 16, dim))
+    state = start(target, noise.normal(Stream.START, 0, chains, dim))
     settings = {"step_size": torch.full((rows,), step_size, dtype=DOUBLE), "scale": torch.ones(rows, dim, dtype=DOUBLE)}
     return measure_lengths(target, state, noise, max_num_leapfrog=max_num_leapfrog, **settings)
 
@@ -38,6 +38,18 @@ def test_on_a_normal_the_criterion_is_the_exact_one():
     step_size, dim = 0.05, 2
     exact = 15 / 16 * dim * (step_size * torch.arange(1, 61, dtype=DOUBLE)).sin().square()
     torch.testing.assert_close(measured(normal, step_size, dim=dim).mean(1), exact, rtol=0.08, atol=0.03)
+
+
+def test_a_change_counts_by_the_probability_that_it_is_accepted():
+    """One leapfrog step of 1.9, of which 45 % are rejected, by a million draws written out."""
+    q, p = torch.randn(2, 1_000_000, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+    middle = p - 0.95 * q
+    end = q + 1.9 * middle
+    error = 0.5 * (end.square() + (middle - 0.95 * end).square() - q.square() - p.square())
+    changes = (-error).clamp(max=0).exp() * (end.square() - q.square()).square() / 4
+    rows = measured(normal, 1.9, rows=200, dim=1, chains=100, max_num_leapfrog=1)[0]
+    # the mean of 100 chains is 1 % of a variance off
+    assert float(rows.mean()) == pytest.approx(float(changes.mean()), abs=4.5 * float(rows.std()) / 200**0.5 + 0.02)
 
 
 def mean_criterion(t):
