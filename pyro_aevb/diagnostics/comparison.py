@@ -83,7 +83,7 @@ def compare_posteriors(
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x / 2 + 0.5**1.5, 0.5**0.5))
         >>> x = torch.tensor([0.0, 1.0])
-        >>> chains = hmc_posterior(model, x, seed=0, progress=False)
+        >>> chains = hmc_posterior(model, x, num_samples=100, warmup_steps=60, seed=0, progress=False)
         >>> found = compare_posteriors(guide, chains, x, model=model, seed=0, progress=False)
         >>> bool((found.sites["z"].moments.mean_error - 0.5).abs().max() < 0.2)
         True

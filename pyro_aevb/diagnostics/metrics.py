@@ -135,7 +135,8 @@ def classify(draws: Float[Tensor, "draws dim"], reference: Float[Tensor, "chains
     of either set and asked about the last fifth, five times. The accuracy sees what moments of single coordinates do not:
     correlations, modes, skewness; it is a lower bound on what the best classifier reaches, :math:`(1 + TV) / 2` with the total
     variation distance. Chains are thinned to their effective number of draws, least over coordinates, since a classifier learns
-    autocorrelated neighbours by heart. The standard error under one distribution is that of independent guesses.
+    autocorrelated neighbours by heart. The standard error under one distribution is that of independent guesses; folds share
+    training data, and over many equal pairs the spread was 0.8 to 1.2 times that.
 
     Args:
         draws: Independent draws.
