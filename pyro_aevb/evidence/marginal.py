@@ -88,10 +88,10 @@ def log_marginal(
         chunk_size: Rows weighed at once; by default so many that some 50,000 draws are in memory. A model that draws its own
             rows runs as many as it draws, the last chunk padded.
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None``.
-        seed: Seed of the draws; the generators are left as they were. A seed reproduces the result of a batch, whatever the
-            ``chunk_size``; that of ``"importance"`` from the guide under the same ``chunk_size`` (and ``num_samples``, which
-            chooses it by default) only. More or fewer rows in the batch change the draws from the prior and the guide, and so
-            a row's value within its error.
+        seed: Seed of the draws; the generators are left as they were. With a seed a row's value depends on its place in the
+            batch, and neither on the rows after it nor on ``chunk_size``, up to rounding; so it is where the guide and the prior
+            draw by inverting or transforming as many random numbers for every row (not by rejection, as Gamma does). That of
+            ``"importance"`` from the guide depends on both.
         progress: Whether to show a progress bar.
         **settings: Settings of the estimator, and the batch's keyword arguments: tensors and arrays go to the model.
 

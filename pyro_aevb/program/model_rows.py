@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 _FEW = 4
 """Rows on which their independence is tried."""
+_BLOCK_ROWS = 64
+"""Rows that draw together at most: a batch of fewer pays for so many."""
 _CHECKED_ROWS = 1000
 """Rows whose data are checked at once."""
 
@@ -276,12 +278,11 @@ class ModelRows:
 
     def block_rows(self, num_draws: int) -> int:
         """Return how many rows draw together."""
-        return self.chunk_rows or min(self.total, max(1, BLOCK_DRAWS // num_draws))
+        return self.chunk_rows or max(1, min(_BLOCK_ROWS, BLOCK_DRAWS // num_draws))
 
     def rows_of_block(self, block: int, size: int) -> Tensor:
-        """Return places of a block's rows in the whole batch; a model of a fixed number of rows has the last one repeated."""
-        every = torch.arange(block * size, (block + 1) * size)
-        return every[every < self.total] if self.chunk_rows is None else every.clamp(max=self.total - 1)
+        """Return places of a block's rows in the whole batch, the last row repeated: fewer rows must not change the draws."""
+        return torch.arange(block * size, (block + 1) * size).clamp(max=self.total - 1)
 
 
 def _with_any_rows(read: ReadRows[RowModel], batch: tuple[Args, Kwargs]) -> ReadRows[RowModel]:

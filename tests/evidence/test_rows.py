@@ -24,6 +24,24 @@ class TestBatches:
         result = quiet(exact.model, exact.guide, x.numpy(), **settings)
         assert torch.equal(result.value, quiet(exact.model, exact.guide, x, **settings).value)
 
+    @pytest.mark.parametrize(
+        ("method", "settings"),
+        [
+            ("ais", {"num_temperatures": 5}),
+            ("ais", {"num_temperatures": 5, "start": "prior"}),
+            ("bridge", {"num_chains": 2, "num_draws": 20, "warmup_steps": 10}),
+            ("reciprocal", {"num_chains": 2, "num_draws": 20, "warmup_steps": 10}),
+            ("quadrature", {}),
+        ],
+    )
+    def test_other_rows_change_no_row(self, method, settings):
+        exact, x = LinearGaussian.fixture()
+        x = x + 0.3 * torch.randn(70, 6, dtype=x.dtype)
+        few = quiet(exact.model, exact.guide, x[:2], method=method, **settings)
+        for num_rows in (3, 70):
+            more = quiet(exact.model, exact.guide, x[:num_rows], method=method, **settings)
+            torch.testing.assert_close(more.value[:2], few.value, rtol=0, atol=1e-9)
+
     def test_numpy_arrays_are_templates(self):
         exact, x = LinearGaussian.fixture()
         settings = {"num_simulations": 3, "num_temperatures": 3, "seed": 0, "progress": False}
