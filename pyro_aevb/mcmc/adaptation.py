@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_aevb._types import PerRow
 from pyro_aevb.mcmc.hmc import Advance, HMCState, Target, jittered, nothing, transition
-from pyro_aevb.mcmc.modes import Visited, leave_empty_modes
+from pyro_aevb.mcmc.modes import Visited, move_chains
 from pyro_aevb.mcmc.noise import RowNoise, Stream
 
 __all__ = ["DualAveraging", "WarmUp", "find_step_size", "warm_up"]
@@ -182,7 +182,7 @@ def warm_up(
     search = partial(find_step_size, target, noise=noise, accept_prob=target_accept_prob)
     step_size = search(state, scale=scale) if step_size is None else step_size
     for window, (begin, end) in enumerate(windows):
-        averaging, visited = DualAveraging.start(step_size), Visited.start(state)
+        averaging, visited = DualAveraging.start(step_size), Visited.start(state, end - begin)
         for step in range(begin, end):
             state, info = transition(
                 target,
@@ -194,13 +194,13 @@ def warm_up(
                 num_leapfrog=jittered(noise, Stream.WARM_UP_JITTER, step, num_leapfrog),
             )
             averaging = averaging.update(info.acceptance.mean(0), target=target_accept_prob)
-            visited = visited.update(state)
+            visited = visited.update(state, info.acceptance)
             advance(1 / num_steps)
         step_size = averaging.log_average.exp()
         if 0 < window < len(windows) - 1:
-            old, scale = scale, _shrink(*visited.pooled(), scale)
-            uniform = noise.uniform(Stream.RESAMPLING, window, chains)
-            state = leave_empty_modes(state, visited.log_mass(), uniform)
+            is_empty = visited.is_empty()
+            old, scale = scale, _shrink(*visited.pooled(is_empty), scale)
+            state = move_chains(state, is_empty, noise.uniform(Stream.RESAMPLING, window, chains))
             # the first metric may change everything, those after it change little
             is_first = window == 1
             step_size = (
@@ -218,7 +218,7 @@ def _windows(num_steps: int) -> list[tuple[int, int]]:
 
 
 def _shrink(
-    variance: Float[Tensor, "rows dim"], size: int, scale: Float[Tensor, "rows dim"]
+    variance: Float[Tensor, "rows dim"], size: Float[Tensor, "rows 1"], scale: Float[Tensor, "rows dim"]
 ) -> Float[Tensor, "rows dim"]:
     """Return standard deviations, a little nearer to ``scale``; that itself where nothing moved or all is lost.
 

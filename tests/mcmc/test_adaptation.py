@@ -85,7 +85,7 @@ def test_scales_are_standard_deviations_on_the_logarithmic_scale_and_old_ones_wh
     variance = torch.tensor([[4.0, 1e-12], [0.0, math.nan]], dtype=DOUBLE)
     before = torch.tensor([[1e-3, 1.0], [1e3, 7.0]], dtype=DOUBLE)
     expected = torch.tensor([[2 ** (320 / 325) * 1e-3 ** (5 / 325), 1e-6 ** (320 / 325)], [1e3, 7.0]], dtype=DOUBLE)
-    torch.testing.assert_close(_shrink(variance, 320, before), expected)
+    torch.testing.assert_close(_shrink(variance, torch.full((2, 1), 320.0, dtype=DOUBLE), before), expected)
 
 
 def test_a_first_step_size_accepts_as_asked_in_any_unit():
