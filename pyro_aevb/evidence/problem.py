@@ -15,6 +15,7 @@ from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.mcmc.noise import RowNoise
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.proposal import GuideDensity
+from pyro_aevb.program.rows import CHUNK_DRAWS
 
 __all__ = ["Estimator", "Problem", "require_guide"]
 
@@ -91,6 +92,10 @@ class Estimator(ABC):
     @abstractmethod
     def draws_per_row(self) -> int:
         """How many latents of one row are evaluated at once, which decides how many rows are."""
+
+    def rows_at_once(self, dim: int) -> int:
+        """Return how many rows of so many coordinates are in memory at once, unless the caller says."""
+        return max(1, CHUNK_DRAWS // self.draws_per_row)
 
     @abstractmethod
     def estimate(self, problem: Problem) -> LogMarginal:

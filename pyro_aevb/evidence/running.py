@@ -20,7 +20,7 @@ from pyro_aevb.mcmc.noise import RowNoise
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.particles import as_draws
 from pyro_aevb.program.proposal import GuideDensity
-from pyro_aevb.program.rows import CHUNK_DRAWS, Rows
+from pyro_aevb.program.rows import Rows
 from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.randomness import preserved_rng
 
@@ -76,7 +76,7 @@ class EstimatorRun:
 
     def estimate(self, estimator: Estimator, chunk_size: int | None, *, progress: bool) -> LogMarginal:
         """Run an estimator on every chunk under every draw of the globals and join what it returns."""
-        size = self.density.chunk_rows or chunk_size or max(1, CHUNK_DRAWS // estimator.draws_per_row)
+        size = self.density.chunk_rows or chunk_size or estimator.rows_at_once(self.density.dim)
         given_each: list[list[LogMarginal]] = [[] for _ in self._conditioned]
         with _row_bar(self.density.num_rows, progress=progress) as advance:
             for rows, count in _chunks(self.density.num_rows, size, is_padded=self.density.chunk_rows is not None):
