@@ -163,12 +163,13 @@ class Bridge(ChainEstimator):
     halves are swapped; the value is the mean of the two. An estimate of log p(x): consistent, biased to neither side by more than
     the order of its squared error, whatever the posterior's shape. The further that is from a Gaussian, the larger the
     error, and the standard error knows (:func:`bridge_error`). What it cannot know is a mode that no chain visited: then the value
-    is that of the modes seen. R-hat between the chains' two kinds of start may tell, and a check does:
-    ``lower`` is importance sampling from a mixture of the fitted density and the prior
-    (:func:`~pyro_aevb.evidence.chains.check_with_prior`), and where it contradicts the value the row is unreliable.
+    is that of the modes seen. R-hat between the chains' two kinds of start may tell (without a guide both are of one kind, and
+    know the same modes), and a check may: ``lower`` is importance sampling from a mixture of the fitted density and the prior
+    (:func:`~pyro_aevb.evidence.chains.check_with_prior`), and where it lies above the value, or the prior's draws find mass where
+    no chain has been, the row is unreliable.
 
-    Cost: the chains' gradients, and twice as many densities as draws.
-    No gradient. Settings are those of :class:`~pyro_aevb.evidence.chains.ChainEstimator`.
+    Cost: the chains' gradients, and twice as many densities as draws: one set for the two bridges, one for the check. No gradient.
+    Settings are those of :class:`~pyro_aevb.evidence.chains.ChainEstimator`.
     """
 
     method: ClassVar[str] = "bridge"
@@ -181,9 +182,9 @@ class Bridge(ChainEstimator):
         roots = [part.root for part in parts]
         value = (roots[0].value + roots[1].value) / 2
         standard_error = bridge_error(roots, [part.effective_size for part in parts])
-        check = check_with_prior(
-            problem, fit_gaussian(draws.unconstrained.flatten(0, 1)), first.log_joint[..., 0].numel()
-        )
+        everywhere = draws.unconstrained.flatten(0, 1)
+        num_check = first.log_joint[..., 0].numel()
+        check = check_with_prior(problem, fit_gaussian(everywhere), everywhere, num_draws=num_check)
         problem.advance(_SHARE_OF_CHECK)
         return LogMarginal(
             value=value,

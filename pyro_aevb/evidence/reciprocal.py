@@ -71,8 +71,9 @@ class Reciprocal(ChainEstimator):
     The paper found it unreliable from five latents on. With its 50 draws that is the error of a Gaussian fitted to so few:
     a warning says so. The bound fails, without a trace in its own error, where chains miss a mode: the value is then that of
     the modes seen. Therefore a row is checked by importance sampling from a mixture of q and the prior
-    (:func:`~pyro_aevb.evidence.chains.check_with_prior`), which is ``lower``. It is unreliable where that contradicts the value,
-    or where the chains' two kinds of start disagree.
+    (:func:`~pyro_aevb.evidence.chains.check_with_prior`), which is ``lower``. It is unreliable where that lies above the value,
+    where the prior's draws find mass that no chain has seen, or where the chains' two kinds of start disagree (without a guide
+    both are of one kind).
 
     The other settings are those of :class:`~pyro_aevb.evidence.chains.ChainEstimator`.
 
@@ -116,7 +117,7 @@ class Reciprocal(ChainEstimator):
         value, k_hat = reciprocal_value(kept), self._k_hat(kept)
         size = effective_size(relative_weights(log_weights)).clamp(max=num_kept)
         standard_error = void_error(reciprocal_error(kept, size), k_hat)
-        check = check_with_prior(problem, q, num_kept)
+        check = check_with_prior(problem, q, draws.unconstrained.flatten(0, 1), num_draws=num_kept)
         problem.advance(1 - _SHARE_OF_CHAINS)
         return LogMarginal(
             value=value,
