@@ -1,12 +1,11 @@
-r"""How heavy is the tail of importance weights? Pareto k-hat and Pareto-smoothed weights, for many rows at once.
+r"""How heavy is the tail of importance weights? Pareto k-hat, for many rows at once.
 
 The largest of the importance weights :math:`w = p / q` decide whether a mean of weights can be trusted. Vehtari,
 Simpson, Gelman, Yao and Gabry (2015, 2024, arXiv 1507.02646) fit a generalised Pareto distribution to them; its shape
 :math:`\hat k` estimates how many moments the weights have (:math:`1/k`): below 0.5 the variance is finite, above 0.7
 neither the mean nor its standard error is to be believed at any practical number of samples.
 
-:func:`pareto_k_hat` is the diagnostic, :func:`smoothed_log_weights` replaces the tail by the quantiles of its fit. Both
-run on all rows together, in float64, in chunks of rows that bound the memory. Nothing here has a gradient.
+:func:`pareto_k_hat` runs on all rows together, in float64, in chunks of rows that bound the memory. It has no gradient.
 """
 
 import math
@@ -20,7 +19,7 @@ from torch import Tensor
 from pyro_aevb._types import PerRow
 from pyro_aevb.errors import DataError, NonFiniteError, SettingError
 
-__all__ = ["MIN_SAMPLES", "pareto_k_hat", "smoothed_log_weights"]
+__all__ = ["MIN_SAMPLES", "pareto_k_hat"]
 
 MIN_SAMPLES = 100
 """Fewer weights than this have no tail to fit: k-hat is NaN."""
@@ -34,32 +33,14 @@ class _Tail(NamedTuple):
     r"""The largest weights of each row, in decreasing order.
 
     Attributes:
-        position: Where each one stands among the row's samples.
         excess: :math:`y = w/u - 1` above the threshold :math:`u`; zero where the weight does not exceed it.
         size: How many exceed the threshold: fewer than asked for where weights tie or underflow.
-        log_max: The largest log weight of the row, 0 where all weights are zero.
-        log_threshold: :math:`\log u`, relative to ``log_max``.
         is_flat: Whether the tail is constant up to rounding, so that it has no shape.
     """
 
-    position: Int[Tensor, "rows tail"]
     excess: Float[Tensor, "rows tail"]
     size: Int[Tensor, " rows"]
-    log_max: Float[Tensor, " rows"]
-    log_threshold: Float[Tensor, " rows"]
     is_flat: Bool[Tensor, " rows"]
-
-
-class _Fit(NamedTuple):
-    r"""A generalised Pareto distribution of each row's excess :math:`y`.
-
-    Attributes:
-        shape: :math:`\hat k`, shrunk towards 0.5; infinite where nothing could be fitted.
-        scale: :math:`\hat\sigma`, in the units of :math:`y`.
-    """
-
-    shape: Float[Tensor, " rows"]
-    scale: Float[Tensor, " rows"]
 
 
 def pareto_k_hat(log_weights: Float[Tensor, "samples rows"], *, r_eff: float = 1.0) -> PerRow:
@@ -102,44 +83,7 @@ def pareto_k_hat(log_weights: Float[Tensor, "samples rows"], *, r_eff: float = 1
     if num_samples < MIN_SAMPLES:
         return log_weights.new_full((num_rows,), math.nan, dtype=torch.float64)
     chunks = _chunks(log_weights.detach(), tail_size)
-    return torch.cat([_fit_tail(_tail(chunk, tail_size)).shape for chunk in chunks])
-
-
-def smoothed_log_weights(
-    log_weights: Float[Tensor, "samples rows"], *, r_eff: float = 1.0
-) -> Float[Tensor, "samples rows"]:
-    r"""Replace each row's largest importance weights by the quantiles of the tail fitted to them.
-
-    The j-th smallest of n tail weights becomes :math:`u + F^{-1}((j - 1/2)/n)`, with u the threshold and F the fitted
-    generalised Pareto distribution, truncated at the largest raw weight (Vehtari et al. 2024, arXiv 1507.02646). The
-    mean of smoothed weights is biased for the mean weight, with a smaller variance: its logarithm is an estimate of
-    log p(x) and **no** bound in either direction, while that of the raw weights is a stochastic lower bound. Rows
-    without a finite k-hat are left as they are. Costs no density evaluation. No gradient.
-
-    Args:
-        log_weights: As for :func:`pareto_k_hat`.
-        r_eff: As for :func:`pareto_k_hat`.
-
-    Returns:
-        The smoothed log weights in nats, on the scale and in the order of the given ones (not normalised), in float64.
-
-    Raises:
-        DataError: If there are no weights.
-        NonFiniteError: If a log weight is NaN or plus infinity.
-        SettingError: If ``r_eff`` is not positive.
-
-    Example:
-        >>> log_weights = torch.zeros(1_000, 1, dtype=torch.float64)
-        >>> log_weights[:50, 0] = torch.arange(50) / 10  # one row whose 50 largest weights grow up to exp(4.9)
-        >>> smoothed = smoothed_log_weights(log_weights)
-        >>> bool(smoothed.max() <= log_weights.max()), bool((smoothed[50:] == 0).all())
-        (True, True)
-    """
-    tail_size = _checked_tail_size(log_weights, r_eff)
-    if log_weights.shape[0] < MIN_SAMPLES:
-        return log_weights.detach().double()
-    chunks = _chunks(log_weights.detach(), tail_size)
-    return torch.cat([_smooth(chunk, tail_size) for chunk in chunks]).T
+    return torch.cat([_fit_tail(_tail(chunk, tail_size)) for chunk in chunks])
 
 
 def _checked_tail_size(log_weights: Float[Tensor, "samples rows"], r_eff: float) -> int:
@@ -175,8 +119,7 @@ def _grid_size(tail_size: int) -> int:
 
 def _tail(log_weights: Float[Tensor, "rows samples"], tail_size: int) -> _Tail:
     """Cut the tail off: weights strictly above the threshold, the largest weight that is not in the tail."""
-    top, position = log_weights.topk(tail_size + 1, dim=1)
-    top = top.double()
+    top = log_weights.topk(tail_size + 1, dim=1).values.double()
     log_max = top[:, 0].where(top[:, 0].isfinite(), 0.0)
     top = top - log_max[:, None]
     # Weights that underflow against the largest one are zero; this also keeps the threshold finite where most are -inf.
@@ -189,21 +132,20 @@ def _tail(log_weights: Float[Tensor, "rows samples"], tail_size: int) -> _Tail:
     rounding = (64 * torch.finfo(log_weights.dtype).eps * log_max.abs()).clamp_min(1e-6)
     height = top[:, 0] - log_threshold
     is_flat = (height <= rounding) | ((size < _MIN_TAIL) & (height <= 1e-3))
-    return _Tail(position[:, :-1], excess, size, log_max, log_threshold, is_flat & top[:, 0].isfinite())
+    return _Tail(excess, size, is_flat & top[:, 0].isfinite())
 
 
-def _fit_tail(tail: _Tail) -> _Fit:
-    r"""Fit a generalised Pareto distribution (Zhang and Stephens 2009, Technometrics 51:3).
+def _fit_tail(tail: _Tail) -> PerRow:
+    r"""Return the shape of a generalised Pareto distribution of y (Zhang and Stephens 2009, Technometrics 51:3), shrunk to 0.5.
 
     With :math:`\theta = -k/\sigma` the shape given :math:`\theta` is :math:`k = \mathrm{mean} \log(1 - \theta y)`, and
     the estimate of :math:`\theta` is its posterior mean over a grid under the profile likelihood.
     """
     theta = _profile_mean(tail)
     shape = _shape_given(theta[:, None], tail)[:, 0]
-    scale = 1 / _rate(theta, shape, tail.excess.sum(1) / tail.size)
     shape = (tail.size * shape + 5) / (tail.size + 10)
     shape = shape.where(tail.size >= _MIN_TAIL, math.inf)
-    return _Fit(shape.where(~tail.is_flat, -math.inf), scale)
+    return shape.where(~tail.is_flat, -math.inf)
 
 
 def _profile_mean(tail: _Tail) -> Float[Tensor, " rows"]:
@@ -236,17 +178,3 @@ def _rate(
 ) -> Float[Tensor, "*shape"]:
     r"""Return :math:`1/\sigma = -\theta / k`, which is one over the mean excess in the exponential limit."""
     return torch.where(theta == 0, 1 / mean, -theta / shape)
-
-
-def _smooth(log_weights: Float[Tensor, "rows samples"], tail_size: int) -> Float[Tensor, "rows samples"]:
-    """Write the fitted quantiles over the tail of each row that has a finite fit."""
-    tail = _tail(log_weights, tail_size)
-    fit = _fit_tail(tail)
-    rank = torch.arange(tail_size, dtype=torch.float64, device=log_weights.device)
-    is_smoothed = (rank < tail.size[:, None]) & fit.shape.isfinite()[:, None]
-    log_survival = ((rank + 0.5) / tail.size[:, None]).log()
-    shape, scale = fit.shape[:, None], fit.scale[:, None]
-    quantile = torch.where(shape == 0, -log_survival, torch.expm1(-shape * log_survival) / shape) * scale
-    smoothed = (tail.log_threshold[:, None] + quantile.log1p()).clamp_max(0) + tail.log_max[:, None]
-    result = log_weights.double()
-    return result.scatter(1, tail.position, smoothed.where(is_smoothed, result.gather(1, tail.position)))

@@ -1,4 +1,4 @@
-"""Pareto k-hat and smoothed weights against ArviZ, exact tails, and a plain numpy fit of one row."""
+"""Pareto k-hat against ArviZ, exact tails, and a plain numpy fit of one row."""
 
 import math
 
@@ -10,7 +10,7 @@ from torch.distributions import Normal
 
 from pyro_aevb.errors import DataError, NonFiniteError, SettingError
 from pyro_aevb.evidence import pareto
-from pyro_aevb.evidence.pareto import pareto_k_hat, smoothed_log_weights
+from pyro_aevb.evidence.pareto import pareto_k_hat
 
 needs_arviz_0 = pytest.mark.skipif(not hasattr(az, "psislw"), reason="ArviZ 1.x has no psislw on arrays")
 
@@ -54,11 +54,8 @@ def fit_one_row(log_weights):
 @pytest.mark.parametrize("r_eff", [1.0, 0.3, 2.5])
 def test_equals_arviz_row_by_row(num_samples, r_eff):
     log_weights = hundred_rows(num_samples)
-    smoothed, k_hat = az.psislw(log_weights.T.numpy().copy(), reff=r_eff, normalize=False)
+    _, k_hat = az.psislw(log_weights.T.numpy().copy(), reff=r_eff)
     torch.testing.assert_close(pareto_k_hat(log_weights, r_eff=r_eff), torch.from_numpy(k_hat), rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(
-        smoothed_log_weights(log_weights, r_eff=r_eff), torch.from_numpy(smoothed).T, rtol=1e-8, atol=1e-8
-    )
 
 
 @needs_arviz_0
@@ -88,10 +85,9 @@ def test_gaussian_anchor(precision):
 
 def test_chunks_of_rows_change_nothing(monkeypatch):
     log_weights = hundred_rows(500)
-    k_hat, smoothed = pareto_k_hat(log_weights), smoothed_log_weights(log_weights)
+    k_hat = pareto_k_hat(log_weights)
     monkeypatch.setattr(pareto, "_CHUNK_ELEMENTS", 7 * 500 * 40)
     torch.testing.assert_close(pareto_k_hat(log_weights), k_hat, rtol=0, atol=1e-12)
-    torch.testing.assert_close(smoothed_log_weights(log_weights), smoothed, rtol=0, atol=1e-10)
 
 
 def test_shift_and_order_change_nothing():
@@ -110,7 +106,6 @@ def test_float32_is_fitted_in_float64():
 def test_gradients_are_not_recorded():
     log_weights = log_normal_weights(200, [1.0]).requires_grad_()
     assert not pareto_k_hat(log_weights).requires_grad
-    assert not smoothed_log_weights(log_weights).requires_grad
 
 
 def test_constant_weights_do_not_crash():
@@ -118,7 +113,6 @@ def test_constant_weights_do_not_crash():
     log_weights = torch.full((5000, 2), -12.25, dtype=torch.float64)
     log_weights[:, 1] += 1e-14 * torch.randn(5000, dtype=torch.float64, generator=generator())
     assert pareto_k_hat(log_weights).tolist() == [-math.inf, -math.inf]
-    torch.testing.assert_close(smoothed_log_weights(log_weights), log_weights, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -153,35 +147,15 @@ def test_ties_at_the_maximum_have_no_tail():
 def test_fewer_than_hundred_samples_have_no_k_hat():
     log_weights = log_normal_weights(99, [1.0, 2.0])
     assert pareto_k_hat(log_weights).isnan().all()
-    torch.testing.assert_close(smoothed_log_weights(log_weights), log_weights, rtol=0, atol=0)
     assert not pareto_k_hat(log_normal_weights(100, [1.0, 2.0])).isnan().any()
 
 
-def test_smoothing_keeps_the_body_and_the_maximum():
-    log_weights = log_normal_weights(1000, [0.5, 4.0])
-    smoothed = smoothed_log_weights(log_weights)
-    is_body = log_weights < log_weights.quantile(0.9, dim=0)
-    torch.testing.assert_close(smoothed[is_body], log_weights[is_body], rtol=0, atol=0)
-    assert (smoothed.amax(0) <= log_weights.amax(0)).all()
-
-
-def test_smoothing_reduces_the_error_of_a_heavy_mean():
-    """Pareto weights of shape 0.7 have mean 1/(1 - 0.7) and no variance: smoothing must halve the squared error."""
-    uniform = torch.rand(1000, 2000, dtype=torch.float64, generator=generator(3))
-    log_weights = -0.7 * uniform.log()
-    truth = 1 / 0.3
-    raw = (log_weights.exp().mean(0) - truth).square().mean()
-    smoothed = (smoothed_log_weights(log_weights).exp().mean(0) - truth).square().mean()
-    assert smoothed < 0.5 * raw
-
-
-@pytest.mark.parametrize("function", [pareto_k_hat, smoothed_log_weights])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nan_and_plus_infinity_name_the_rows(function, bad):
+def test_nan_and_plus_infinity_name_the_rows(bad):
     log_weights = torch.zeros(150, 4)
     log_weights[7, 2] = bad
     with pytest.raises(NonFiniteError, match=r"1 of 4 rows, first in rows \[2\]"):
-        function(log_weights)
+        pareto_k_hat(log_weights)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
