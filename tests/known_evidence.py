@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyro
 import pyro.distributions as dist
@@ -14,11 +14,12 @@ from pyro_aevb.program.density import LogDensity
 
 @dataclass(frozen=True)
 class Known:
-    """A model, one row of data in float64, and log p(x) in nats."""
+    """A model, one row of data in float64, log p(x) in nats, and the means of latents where they have a closed form."""
 
     model: Callable[[Tensor], None]
     x: Tensor
     log_evidence: float
+    posterior_mean: dict[str, Tensor] = field(default_factory=dict)
 
 
 def bernoulli_decoder() -> Known:
@@ -48,7 +49,7 @@ def gamma_exponential() -> Known:
 
     n = x.shape[1]
     exact = a * math.log(b) - math.lgamma(a) + math.lgamma(a + n) - (a + n) * math.log(b + x.sum().item())
-    return Known(model, x, exact)
+    return Known(model, x, exact, {"rate": (a + n) / (b + x.sum())})
 
 
 def dirichlet_multinomial() -> Known:
@@ -64,7 +65,8 @@ def dirichlet_multinomial() -> Known:
         return a.lgamma().sum() - a.sum().lgamma()
 
     coefficient = torch.tensor(11.0).double().lgamma() - (x[0] + 1).lgamma().sum()
-    return Known(model, x, (coefficient + log_beta(alpha + x[0]) - log_beta(alpha)).item())
+    exact = (coefficient + log_beta(alpha + x[0]) - log_beta(alpha)).item()
+    return Known(model, x, exact, {"shares": (alpha + x[0]) / (alpha + x[0]).sum()})
 
 
 @dataclass(frozen=True)

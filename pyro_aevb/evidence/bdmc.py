@@ -18,10 +18,10 @@ from pyro_aevb.evidence.ais import AIS, ROUNDING, average_weights
 from pyro_aevb.evidence.problem import Problem
 from pyro_aevb.evidence.result import Status
 from pyro_aevb.evidence.rules import rate
-from pyro_aevb.evidence.running import as_tensors, draw_globals
+from pyro_aevb.evidence.running import draw_globals
 from pyro_aevb.evidence.summary import number
 from pyro_aevb.mcmc.noise import RowNoise
-from pyro_aevb.program.batch import batch_rows, take_rows
+from pyro_aevb.program.batch import as_tensors, batch_rows, take_rows
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.observations import ToBatch, write_observations
 from pyro_aevb.program.proposal import GuideDensity

@@ -16,7 +16,8 @@ from pyro_aevb.evidence.problem import Estimator, require_guide
 from pyro_aevb.evidence.quadrature import Quadrature
 from pyro_aevb.evidence.reciprocal import Reciprocal
 from pyro_aevb.evidence.result import LogMarginal
-from pyro_aevb.evidence.running import EstimatorRun, as_tensors, name_quantity
+from pyro_aevb.evidence.running import EstimatorRun, name_quantity
+from pyro_aevb.program.batch import as_tensors
 from pyro_aevb.program.rows import Rows, inferring
 from pyro_aevb.program.settings import NOTE, check_count, check_settings
 

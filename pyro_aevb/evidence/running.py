@@ -3,9 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,7 +22,7 @@ from pyro_aevb.program.rows import Rows
 from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.randomness import preserved_rng
 
-__all__ = ["EstimatorRun", "as_tensors", "draw_globals", "name_quantity"]
+__all__ = ["EstimatorRun", "draw_globals", "name_quantity"]
 
 
 class EstimatorRun:
@@ -123,15 +121,6 @@ def _check_no_globals(structure: Structure) -> None:
             f"fix them by pyro.condition(model, data={{{names[0]!r}: ...}}), or take the whole model as one row, data_plate=None.",
             site=names[0],
         )
-
-
-def as_tensors(args: Args, kwargs: Kwargs) -> tuple[Args, dict[str, Any]]:
-    """Turn the batch's numpy arrays to tensors, which share their memory."""
-
-    def convert(item: Any) -> Any:
-        return torch.from_numpy(item) if isinstance(item, np.ndarray) else item
-
-    return tuple(map(convert, args)), {name: convert(item) for name, item in kwargs.items()}
 
 
 def draw_globals(rows: Rows, num_draws: int) -> tuple[list[Values], Float[Tensor, " particles"]]:

@@ -66,8 +66,8 @@ def hmc_posterior(
 
     Every row has its own step size and scales, learned in the warm-up by dual averaging and then frozen. The number of leapfrog
     steps of a transition is drawn from 1 to ``num_leapfrog``, the same for all rows. Gradients: per row and chain
-    ``(warmup_steps + num_samples) * (num_leapfrog + 1) / 2`` on average, and some 160 for the starts. Modules run in eval mode,
-    parameters are held fixed.
+    ``(warmup_steps + num_samples) * (num_leapfrog + 1) / 2`` on average, and for the starts some 400 with a guide and 700 without.
+    Modules run in eval mode, parameters are held fixed.
 
     With ``trajectory="chees"`` the most leapfrog steps of a draw are learned after the warm-up, one number for all rows, from 1 to
     ``10 * num_leapfrog`` (Hoffman, Radul and Sountsov 2021; :mod:`pyro_aevb.mcmc.length`), at ``40 * num_leapfrog`` gradients of
@@ -76,7 +76,7 @@ def hmc_posterior(
 
     Args:
         model: The model.
-        *batch: Rows, as positional arguments of the model.
+        *batch: Rows, as positional arguments of the model; numpy arrays are accepted.
         guide: The guide, trained or not.
         given: Values of the model's globals; required where there are any, unless ``data_plate=None``.
         num_chains: Chains of each row; even.
@@ -86,7 +86,7 @@ def hmc_posterior(
         num_leapfrog: Most leapfrog steps of a transition; with ``trajectory="chees"`` of those of the warm-up.
         trajectory: ``"jittered"``, or ``"chees"`` to learn the most leapfrog steps of the draws.
         chunk_size: Rows sampled at once; by default so many that some 50,000 latents are in memory. It changes no
-            draw by more than rounding does.
+            draw by more than rounding does. A model that draws its own rows runs as many as it draws, whatever this says.
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None`` to treat the whole model as one row, globals
             among its latents.
         seed: Seed of the draws; the generators are left as they were.

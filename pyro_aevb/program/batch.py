@@ -4,12 +4,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from pyro_aevb._types import Args, Kwargs
 from pyro_aevb.errors import AEVBError, DataError, ModelError
 
-__all__ = ["batch_rows", "describe_batch", "explained", "take_rows"]
+__all__ = ["as_tensors", "batch_rows", "describe_batch", "explained", "take_rows"]
+
+
+def as_tensors(args: Args, kwargs: Kwargs) -> tuple[Args, dict[str, Any]]:
+    """Turn a batch's numpy arrays to tensors, which share their memory."""
+
+    def convert(item: Any) -> Any:
+        return torch.from_numpy(item) if isinstance(item, np.ndarray) else item
+
+    return tuple(map(convert, args)), {name: convert(item) for name, item in kwargs.items()}
 
 
 def batch_rows(args: Args, kwargs: Kwargs) -> int | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_aevb._types import PyroProgram, Values
 from pyro_aevb.errors import SettingError
+from pyro_aevb.program.batch import as_tensors
 from pyro_aevb.program.model_rows import ModelRows
 from pyro_aevb.program.settings import check_count, check_covariates
 from pyro_aevb.program.structure import Structure
@@ -97,7 +98,7 @@ class LogDensity:
 
     Args:
         model: The model.
-        *batch: Rows, as positional arguments of the model.
+        *batch: Rows, as positional arguments of the model; numpy arrays are accepted.
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None`` to treat the whole model as one row.
         given: Values of the model's globals, each with the same leading axes or none.
         **covariates: The batch's keyword arguments.
@@ -127,7 +128,7 @@ class LogDensity:
         **covariates: Any,
     ) -> None:
         check_covariates(covariates, LogDensity.__init__)
-        self.source: Source = ModelRows.of(model, (batch, covariates), data_plate, dict(given or {}))
+        self.source: Source = ModelRows.of(model, as_tensors(batch, covariates), data_plate, dict(given or {}))
 
     @classmethod
     def _of(cls, source: Source) -> "LogDensity":

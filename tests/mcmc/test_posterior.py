@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from known_evidence import Known, dirichlet_multinomial, gamma_exponential
 from posteriordb import Regression, ark, sblrc
 from scipy import stats
 from torch import Tensor
@@ -96,14 +97,17 @@ def test_a_guide_does_not_change_what_is_sampled() -> None:
     # a guide that is the posterior of other data, five standard deviations off
     exact, _ = LinearGaussian.fixture()
     x, _ = exact.simulate(50, seed=5)
-    posterior = exact.posterior(x)["z"]
 
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(posterior.mean[: len(x)] + 3.0, 0.5).to_event(1))
+            pyro.sample("z", dist.Normal(exact.posterior(x)["z"].mean + 3.0, 0.5).to_event(1))
 
-    draws = draw(exact.model, x, guide=guide, num_chains=32, num_samples=100, warmup_steps=60, num_leapfrog=5)
-    check_moments(draws.samples["z"], posterior)
+    settings: dict[str, Any] = {"num_chains": 32, "num_samples": 100, "warmup_steps": 60, "num_leapfrog": 5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        draws = hmc_posterior(exact.model, x, guide=guide, **settings, seed=0, progress=False)
+    check_moments(draws.samples["z"], exact.posterior(x)["z"])
+    assert draws.is_flagged.double().mean() <= 0.04  # by chance
 
 
 def check_smoother(num_steps: int, num_rows: int, *, num_leapfrog: int) -> None:
@@ -114,8 +118,8 @@ def check_smoother(num_steps: int, num_rows: int, *, num_leapfrog: int) -> None:
     for name, posterior in exact.posterior(x).items():
         values = draws.samples[name]
         check_moments(values, posterior)
-        # sd about .25 and ESS above 2,500 make these five standard errors and more
-        assert (values.mean((0, 1)) - posterior.mean).abs().max() < 0.025
+        # sd about .25 and ESS above 2,500 make these four standard errors and more
+        assert (values.mean((0, 1)) - posterior.mean).abs().max() < 0.02
         assert (values.std((0, 1)) - posterior.stddev).abs().max() < 0.02
 
 
@@ -144,6 +148,15 @@ def test_ranks_of_simulated_latents_are_uniform() -> None:
     ranks = (drawn < torch.cat((truth, log_joint[:, None]), -1)).double().mean(0)
     for quantity in ranks.T:
         assert stats.kstest(quantity.numpy(), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("make", [gamma_exponential, dirichlet_multinomial])
+def test_conjugate_means_are_known(make: Callable[[], Known]) -> None:
+    # sd up to .44 and ESS above 8,000 make .02 four standard errors; without its Jacobian a map to the support is further off
+    known = make()
+    draws = draw(known.model, known.x, num_chains=64, num_samples=220, warmup_steps=80, num_leapfrog=5)
+    for name, exact in known.posterior_mean.items():
+        assert (draws.samples[name].mean((0, 1))[0] - exact).abs().max() < 0.02
 
 
 # Globals
@@ -369,6 +382,21 @@ def test_a_seed_draws_the_same_again_and_leaves_the_generator_alone() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first, free)
+
+
+@pytest.mark.usefixtures("short_annealing")
+def test_numpy_arrays_are_rows() -> None:
+    x = np.array([1.0, 3.0])
+    settings: dict[str, Any] = {"num_chains": 2, "num_samples": 5, "warmup_steps": 5, "progress": False, "seed": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        draws, expected = (hmc_posterior(square, batch, **settings) for batch in (x, torch.from_numpy(x)))
+        by_name = hmc_posterior(square, x=x, **settings)
+    assert torch.equal(draws.unconstrained, expected.unconstrained)
+    assert torch.equal(by_name.unconstrained, expected.unconstrained)
+    u = torch.zeros(3, 2, 1, dtype=torch.float64)
+    for density in (LogDensity(square, x), LogDensity(square, x=x)):
+        assert torch.equal(density.log_joint(u), LogDensity(square, torch.from_numpy(x)).log_joint(u))
 
 
 @pytest.mark.usefixtures("short_annealing")
