@@ -147,7 +147,6 @@ def warm_up(
     target_accept_prob: float,
     num_leapfrog: int,
     scale: Float[Tensor, "rows dim"],
-    step_size: PerRow | None = None,
     advance: Advance = nothing,
 ) -> WarmUp:
     """Learn each row's step size and scale while its chains approach the target; afterwards both stand still.
@@ -164,7 +163,6 @@ def warm_up(
             furthest for its cost (Beskos et al. 2013, arXiv 1001.4460), 0.8 diverges less.
         num_leapfrog: Most leapfrog steps of a transition (:func:`~pyro_aevb.mcmc.hmc.jittered`).
         scale: First guess of the standard deviations; of any units, as long as it is positive.
-        step_size: First step size; ``None`` for a search.
         advance: Is told of the progress.
 
     Example:
@@ -180,7 +178,7 @@ def warm_up(
     chains, _, dim = state.position.shape
     windows = _windows(num_steps)
     search = partial(find_step_size, target, noise=noise, accept_prob=target_accept_prob)
-    step_size = search(state, scale=scale) if step_size is None else step_size
+    step_size = search(state, scale=scale)
     for window, (begin, end) in enumerate(windows):
         averaging, visited = DualAveraging.start(step_size), Visited.start(state, end - begin)
         for step in range(begin, end):

@@ -232,17 +232,17 @@ def test_a_broken_row_changes_no_bit_of_the_others(value):
     assert with_it.scale.isfinite().all()
 
 
-def test_a_given_step_size_is_the_first_and_no_step_changes_nothing():
-    target, step_size = Normals(4, 2), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=DOUBLE)
-    unmoved = warmed_up(target, num_steps=0, step_size=step_size)
-    torch.testing.assert_close(unmoved.step_size, step_size)
-    assert torch.equal(unmoved.scale, torch.ones(4, 2, dtype=DOUBLE))
-
-    noise, scale = row_noise(4), torch.ones(4, 2, dtype=DOUBLE)
+def test_the_step_size_found_is_the_first_and_no_step_changes_nothing():
+    target, noise, scale = Normals(4, 2), row_noise(4), torch.ones(4, 2, dtype=DOUBLE)
     state = start(target, target.loc + target.sd * noise.normal(Stream.START, 0, 16, 2))
+    step_size = find_step_size(target, state, noise, scale=scale, accept_prob=0.8)
+    unmoved = warmed_up(target, num_steps=0)
+    torch.testing.assert_close(unmoved.step_size, step_size)
+    assert torch.equal(unmoved.scale, scale)
+
     numbers = noise.normal(Stream.WARM_UP_MOMENTUM, 0, 16, 2), noise.uniform(Stream.WARM_UP_ACCEPT, 0, 16)
     expected, _ = transition(target, state, *numbers, step_size=step_size, scale=scale, num_leapfrog=1)
-    moved = warmed_up(target, num_steps=1, step_size=step_size, num_leapfrog=1)
+    moved = warmed_up(target, num_steps=1, num_leapfrog=1)
     torch.testing.assert_close(moved.state, expected)
 
 
