@@ -268,7 +268,7 @@ class Quadrature(Estimator):
     far less. A row that did not settle within ``max_evaluations``, or whose box still leaks after 24 doublings, is unreliable.
 
     An estimate, biased to neither side, without randomness. Cost: at most ``max_evaluations`` gradients of a row for each box,
-    in practice 500, 15,000 and 60,000 for one, two and three coordinates.
+    in practice about 500, 15,000 and 50,000 for one, two and three coordinates.
 
     Args:
         max_evaluations: Densities evaluated for a row at most; memory grows in proportion.

@@ -41,7 +41,8 @@ def rate(
     ======================  ==========================  ==============================
 
     The first two are those of importance weights (Vehtari et al. 2024, arXiv 1507.02646); a nested R-hat above 1.01 says that
-    chains from different starts have not met (Margossian et al. 2024, arXiv 2110.13017).
+    chains from different starts have not met (Margossian et al. 2024, arXiv 2110.13017). Without a guide all starts are from
+    annealing and differ by chance only: no nested R-hat tells what annealing never finds.
 
     Args:
         standard_error: Of the row's value, in nats.
@@ -49,8 +50,8 @@ def rate(
         acceptance: Mean acceptance probability of its chains.
         r_hat: Nested R-hat of its chains.
         change: How far the last refinement of a grid moved its value.
-        is_refuted: Whether another estimate of the row contradicts this one: two starts, or an upper bound below a lower bound,
-            more than three standard errors apart.
+        is_refuted: Whether another estimate of the row contradicts this one: two starts that are more than three standard errors
+            apart, or a lower bound that lies so far above the value.
 
     Example:
         >>> print(*rate(torch.tensor([0.1, 0.3, 0.1]), k_hat=torch.tensor([0.2, 0.2, 0.8])))

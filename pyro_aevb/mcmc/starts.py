@@ -45,7 +45,7 @@ def draw_starts(
 
     The first half of the chains starts at draws from the guide; the second half at end states of an annealing run from the prior,
     four for each chain; without a guide, the first half at those of another such run. All are resampled by weight. Costs some
-    ``320 * (num_chains + 2)`` gradients a row, twice that without a guide.
+    ``320 * num_chains + 1000`` gradients a row; without a guide, whose draws cost none, ``640 * num_chains + 1000``.
 
     Args:
         density: The rows.
