@@ -84,7 +84,7 @@ def average_over_globals(results: Sequence[LogMarginal]) -> LogMarginal:
     With one draw the result is returned as it is: that of :math:`\log p(x_n | g_1)`. With more, the standard error is that of a
     mean of S terms, :math:`\sqrt{\mathrm{Var}_s(\hat p_s) / S} / \overline{\hat p}`, which holds the error given each draw too.
     A lower bound stays one. An upper bound given each draw is none of their average, since the logarithm of a mean over draws
-    of the globals is low. k-hat and R-hat are the worst of the draws, acceptance is their mean; a row is unreliable by the
+    of the globals is low. k-hat and R-hat are the worst of the draws, acceptance and audit their means; a row is unreliable by the
     rules for its average, or if more than a tenth of its draws are for another reason than their standard error.
 
     Args:
@@ -105,7 +105,7 @@ def average_over_globals(results: Sequence[LogMarginal]) -> LogMarginal:
         return first
     values = torch.stack([result.value for result in results])
     value, standard_error = _log_mean(values)
-    entries = {name: _known(results, name) for name in ("acceptance", "r_hat", "num_divergent", "change")}
+    entries = {name: _known(results, name) for name in ("acceptance", "r_hat", "num_divergent", "change", "audit")}
     k_hat = torch.stack([result.k_hat for result in results]).amax(0)
     standard_error = void_error(standard_error, k_hat)
     shares = (values - value).exp()
@@ -129,6 +129,7 @@ def average_over_globals(results: Sequence[LogMarginal]) -> LogMarginal:
         r_hat=_reduced(entries["r_hat"], torch.amax),
         num_divergent=_reduced(entries["num_divergent"], torch.sum),
         change=_reduced(entries["change"], torch.amax),
+        audit=_reduced(entries["audit"], torch.mean),
     )
 
 

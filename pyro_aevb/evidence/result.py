@@ -38,6 +38,8 @@ _ADVICE = {
 """What to do about unreliable rows, by method."""
 _UNITS = {"ais": "chains", "bridge": "posterior draws", "reciprocal": "posterior draws", "quadrature": "nodes at most"}
 """What ``num_samples`` counts, by method."""
+_EXPECTED_REFUTED = 0.05
+"""Share of audited rows that may differ before the others are doubted too; by chance about one in a hundred does."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -49,7 +51,9 @@ class LogMarginal:
         standard_error: Monte Carlo standard error of ``value``; NaN where it would mislead.
         lower: A stochastic lower bound: :math:`E[\text{lower}] \le` truth, and for unbiased mean weights it lies b nats
             above the truth with a probability of at most :math:`e^{-b}` (Markov's inequality). One draw of it may exceed
-            the truth: it is no confidence limit, and ``standard_error`` comes on top. NaN if the method has none.
+            the truth: it is no confidence limit, and ``standard_error`` comes on top. That of ``"ais"`` is a second bound in rows
+            where a check contradicts the value: chosen after a test, it lies b nats above the truth with a probability of at most
+            :math:`2 e^{-b}`, and its expectation may lie above it. NaN if the method has none.
         upper: A stochastic upper bound, :math:`E[\text{upper}] \ge` truth; NaN if the method has none.
         k_hat: Pareto k-hat of the row's importance weights (:func:`~pyro_aevb.evidence.pareto.pareto_k_hat`).
         ess: Effective number of samples, :math:`(\sum w)^2 / \sum w^2` for importance weights.
@@ -64,6 +68,8 @@ class LogMarginal:
         r_hat: Nested R-hat of the row's chains, the worst over its coordinates.
         num_divergent: Transitions of the row that diverged.
         change: How far the last refinement of a grid moved the row's value.
+        audit: 1 where a run of the row from another start contradicts the value, 0 where it does not, their share with several
+            draws of the globals; NaN in rows that were run once.
         degrees_of_freedom: Of the Student-t that a row's error over its standard error follows; ``None`` for a normal.
         joint: With globals the joint evidence of all rows, another quantity than ``value``.
 
@@ -88,6 +94,7 @@ class LogMarginal:
     r_hat: PerRow | None = None
     num_divergent: PerRow | None = None
     change: PerRow | None = None
+    audit: PerRow | None = None
     degrees_of_freedom: int | None = None
     joint: JointEvidence | None = None
 
@@ -180,10 +187,11 @@ class LogMarginal:
         return tuple(sorted(range(len(self)), key=doubt.__getitem__, reverse=True)[:count])
 
     def warn_if_unreliable(self) -> None:
-        """Warn once, with the counts, if any row is unreliable.
+        """Warn once, with the counts, if any row is unreliable, and once if the audit doubts rows that it left out.
 
         Warns:
-            UnreliableWarning: If at least one row has status ``unreliable``.
+            UnreliableWarning: If at least one row has status ``unreliable``; if more than one and more than a twentieth of the
+                rows that were run from two starts differ.
         """
         count = Counter(self.status)
         if count[Status.UNRELIABLE]:
@@ -192,13 +200,17 @@ class LogMarginal:
                 f"{count[Status.WARN]} more doubtful; `.status` says which. {_ADVICE.get(self.method, '')}".rstrip(),
                 UnreliableWarning,
             )
+        if self.audit is not None:
+            _warn_of_audit(self.audit[~self.audit.isnan()])
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Return a table with one line a row; what all rows share is in its ``attrs``."""
         import pandas  # 0.5 s, which only those who ask for a table pay
 
         columns = self._per_row()
-        tensors = {name: entry.cpu().numpy() for name, entry in columns.items() if isinstance(entry, Tensor)}
+        # the status of a row tells its audit, and nine rows of ten have none
+        shown = {name: entry for name, entry in columns.items() if isinstance(entry, Tensor) and name != "audit"}
+        tensors = {name: entry.cpu().numpy() for name, entry in shown.items()}
         frame = pandas.DataFrame({**tensors, "status": [str(status) for status in self.status]})
         frame.index.name = "row"
         frame.attrs = {name: str(entry) for name, entry in vars(self).items() if name not in columns}
@@ -284,6 +296,18 @@ def concatenate(results: Sequence[LogMarginal]) -> LogMarginal:
         else:
             joined[name] = first
     return LogMarginal(**joined)
+
+
+def _warn_of_audit(audit: Float[Tensor, " audited"]) -> None:
+    """Warn if so many audited rows differ that those which were not audited are as doubtful. One row alone may by chance."""
+    differing = audit.sum().item()
+    if differing > max(1, _EXPECTED_REFUTED * len(audit)):
+        warn_user(
+            f"ais from the guide and from the prior differ by more than their errors in {round(differing)} of the {len(audit)} "
+            f"rows that were run from both: the guide misses part of the posterior, or temperatures are too few. The rows that "
+            f"were not audited are as doubtful. Use start='prior' and more temperatures.",
+            UnreliableWarning,
+        )
 
 
 def _find_places(index: slice | Sequence[int] | Tensor, num_rows: int) -> list[int]:

@@ -7,9 +7,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from known_evidence import bernoulli_decoder
 from torch import Tensor
 
-from pyro_aevb.errors import SettingError, UnreliableWarning
+from pyro_aevb.errors import GuideError, SettingError, UnreliableWarning
 from pyro_aevb.evidence.ais import AIS
 from pyro_aevb.evidence.marginal import log_marginal
 from pyro_aevb.evidence.problem import Problem
@@ -153,6 +154,57 @@ def test_the_check_of_a_sound_guide_raises_no_alarm():
     assert abs((result.value - truth).mean()) < 0.1
 
 
+def beyond(x: Tensor) -> None:
+    """A latent within one below the observation; other latents have no density."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+        pyro.sample("x", dist.Uniform(z, z + 1.0, validate_args=False), obs=x)
+
+
+def far_off(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x + 20, 0.1))
+
+
+@pytest.mark.filterwarnings("ignore::pyro_aevb.errors.UnreliableWarning")
+def test_a_guide_without_a_weight_is_refuted_by_the_prior():
+    x = torch.linspace(0, 1, 20, dtype=torch.float64)
+    result = ais(beyond, far_off, x, num_chains=64, num_temperatures=2, audit=0.5)
+    assert (result.value == -math.inf).all()
+    assert result.audit is not None
+    assert (result.audit[::2] == 1).all()
+    assert result.audit[1::2].isnan().all()
+    standard = dist.Normal(torch.zeros(()).double(), 1.0)
+    truth = (standard.cdf(x) - standard.cdf(x - 1)).log()
+    # p is a third, of 2,000 draws of the prior: a relative error of .032, and five of them
+    assert ((result.lower - truth).abs() < 0.16).all()
+    assert result.is_flagged.all()
+
+
+@pytest.mark.parametrize("method", ["ais", "bridge"])
+def test_a_guide_for_another_model_is_refused(method):
+    exact, x, _ = linear_gaussian(2)
+
+    def other(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("other", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+
+    with pytest.raises(GuideError, match=r"\['z'\]"):
+        log_marginal(exact.model, other, x, method=method, progress=False)
+
+
+def test_chunks_raise_one_alarm_of_all_audited_rows():
+    x = torch.linspace(0, 1, 12, dtype=torch.float64)
+    with pytest.warns(UnreliableWarning) as caught:
+        result = ais(beyond, far_off, x, num_temperatures=2, audit=0.5, chunk_size=4)
+    assert result.audit is not None
+    differing = int(result.audit.nansum())
+    assert differing >= 4
+    audits = [str(warning.message) for warning in caught if "from both" in str(warning.message)]
+    assert len(audits) == 1
+    assert f"in {differing} of the 6 rows" in audits[0]
+
+
 def test_audited_rows_do_not_hang_on_chunks():
     x = torch.linspace(1.5, 2.5, 10, dtype=torch.float64)
     settings = {"num_temperatures": 6, "num_leapfrog": 1, "audit": 0.3}
@@ -209,12 +261,16 @@ def test_the_banana_is_integrated_to_a_tenth():
     assert (result.value.abs() < 0.1).all()
 
 
-def test_the_funnel_is_not_overestimated_unless_flagged():
-    # the start is narrower than the funnel's mouth: now and then one chain weighs as much as all others, and its row is flagged
-    result = AIS(num_chains=256, num_temperatures=150).estimate(from_function(funnel, 10, 6, 3.0))
-    assert (result.value[~result.is_flagged] < 0.1).all()
-    assert result.value.median() > -1
-    assert (result.standard_error > 0.05).all()
+def test_the_funnel_is_not_overestimated_unless_it_is_told():
+    result = AIS(num_chains=256, num_temperatures=150).estimate(from_function(funnel, 10, 12, 3.0))
+    is_sound = torch.tensor([status is Status.OK for status in result.status])
+    assert is_sound.sum() >= 8
+    assert (result.value[is_sound] < 0.1).all()
+    # the start is narrower than the funnel's mouth: now and then one chain weighs as much as all others. Such a row can lie
+    # above the truth, by half a nat here; it is doubtful or unreliable, and no more than three of its errors off
+    assert (result.value - 3 * result.standard_error < 0.1).all()
+    # most rows are low, by more than their errors say: what no chain has met no error tells
+    assert -1 < result.value.median() < -0.1
 
 
 def test_a_row_without_density_is_flagged_and_the_others_stay():
@@ -291,6 +347,23 @@ def test_presets_are_those_of_the_literature_and_settings_come_before_them():
     assert wu.target_accept_prob == 0.65
 
 
+def test_students_t_covers_with_sixteen_chains():
+    exact, x, truth = linear_gaussian(500)
+    result = ais(exact.model, None, x, num_temperatures=60)
+    assert result.degrees_of_freedom == 15
+    # a binomial of 500 at .945 (weights are skewed) is below .91 or above .975 once in a thousand times; two errors cover .92
+    assert 0.91 < covered(result, truth, 0.95) < 0.975
+    assert 0.76 < covered(result, truth, 0.8) < 0.86
+
+
+@pytest.mark.slow
+def test_the_nonlinear_decoder():
+    known = bernoulli_decoder()
+    result = ais(known.model, None, known.x, num_chains=256, num_temperatures=400)
+    assert result.value.item() == pytest.approx(known.log_evidence, abs=0.05)
+    assert result.standard_error.item() < 0.02
+
+
 @pytest.mark.slow
 def test_coverage_of_two_standard_errors():
     exact, x, truth = linear_gaussian(1000)
@@ -309,4 +382,7 @@ def test_simulated_rows_at_the_settings_of_the_literature():
     assert z.abs().max() < 4.5
     assert 0.8 < z.std() < 1.25
     assert result.acceptance is not None
-    assert ((result.acceptance - 0.65).abs() < 0.055).all()
+    off = (result.acceptance - 0.65).abs()
+    # a pilot of four chains: one or two rows in a hundred are beyond
+    assert (off <= 0.05).double().mean() >= 0.95
+    assert (off < 0.08).all()

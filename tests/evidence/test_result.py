@@ -11,7 +11,7 @@ import torch
 from torch.distributions import MultivariateNormal, Normal
 
 from pyro_aevb.errors import DataError, NonFiniteError, SettingError, UnreliableWarning
-from pyro_aevb.evidence.averages import from_log_weights
+from pyro_aevb.evidence.averages import average_over_globals, from_log_weights
 from pyro_aevb.evidence.pareto import pareto_k_hat
 from pyro_aevb.evidence.result import Bound, LogMarginal, Status, concatenate
 
@@ -388,3 +388,41 @@ def test_reliable_rows_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result_of([0.0, 0.0], [0.1, 0.1], ["ok", "warn"]).warn_if_unreliable()
+
+
+def audited(num_audited, num_differing):
+    """A chunk of an annealing run of which every other row is audited."""
+    audit = torch.full((2 * num_audited,), math.nan).double()
+    audit[::2] = 0.0
+    audit[: 2 * num_differing : 2] = 1.0
+    rows = len(audit)
+    return replace(result_of([0.0] * rows, [0.1] * rows, ["ok"] * rows), method="ais", audit=audit)
+
+
+@pytest.mark.parametrize(("counts", "told"), [([3, 0], True), ([1, 1], False), ([2, 0], False)])
+def test_audits_are_pooled_over_chunks(counts, told):
+    # 40 audited rows: two of them are a twentieth, and a chunk of 20 with two is nothing more
+    result = concatenate([audited(20, count) for count in counts])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result.warn_if_unreliable()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == told
+    assert all("differ by more than their errors in 3 of the 40 rows" in message for message in messages)
+
+
+def test_one_audited_row_may_differ_by_chance():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        audited(10, 1).warn_if_unreliable()
+    with pytest.warns(UnreliableWarning, match="in 2 of the 10 rows"):
+        audited(10, 2).warn_if_unreliable()
+
+
+def test_audits_of_several_draws_of_the_globals_are_averaged():
+    result = average_over_globals([audited(4, 1), audited(4, 0)])
+    assert result.audit is not None
+    assert result.audit[::2].tolist() == [0.5, 0.0, 0.0, 0.0]
+    assert result.audit[1::2].isnan().all()
+    assert "audit" not in result.to_pandas()
+    assert "audit" not in result.to_pandas().attrs
