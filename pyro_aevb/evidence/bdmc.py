@@ -48,7 +48,9 @@ class BDMCSummary:
         lower: Mean lower bound.
         lower_standard_error: Its Monte Carlo error for these rows, :math:`\sqrt{\sum_n se_n^2} / N`.
         upper: Mean upper bound.
-        upper_standard_error: Its Monte Carlo error for these rows.
+        upper_standard_error: Its Monte Carlo error for these rows, sd of the gap over rows / sqrt(N). It holds the error of the
+            lower bound and what rows differ in too, and so is rather too large (by a quarter on three normal latents); the rows'
+            own errors would be too small. NaN for a single row.
         gap: ``upper - lower``: on average over data from the model, annealing errs by no more on either side.
         gap_standard_error: Error of the gap as an estimate for all data from the model, sd over rows / sqrt(N).
         num_flagged: Rows with status ``unreliable``.
@@ -83,7 +85,9 @@ class BDMCResult:
         lower: Stochastic lower bound by annealing up: :math:`E[\text{lower}] \le \log p(x)`.
         upper: Stochastic upper bound by annealing down: :math:`E[\text{upper}] \ge \log p(x)`.
         lower_standard_error: By the delta method.
-        upper_standard_error: By the delta method.
+        upper_standard_error: By the delta method, which is too small where few chains have skewed weights, and those down are
+            more skewed than those up: on three normal latents with 16 chains, bounds vary 1.6 times as much where the gap is
+            0.6 nats, 1.2 times where it is 0.13, and 1.1 times where it is 0.05.
         acceptance: Mean acceptance probability up.
         reverse_acceptance: Mean acceptance probability down.
         status: ``unreliable`` where the bounds contradict each other by more than three of each one's standard errors, where a
@@ -123,7 +127,7 @@ class BDMCResult:
             lower=self.lower.mean().item(),
             lower_standard_error=self.lower_standard_error.square().sum().sqrt().item() / count,
             upper=self.upper.mean().item(),
-            upper_standard_error=self.upper_standard_error.square().sum().sqrt().item() / count,
+            upper_standard_error=spread,
             gap=self.gap.mean().item(),
             gap_standard_error=spread,
             num_flagged=sum(status is Status.UNRELIABLE for status in self.status),
@@ -291,7 +295,8 @@ class _Simulation:
             density, latents = self._simulate(args, kwargs)
             guide = None if self.guide is None else GuideDensity(self.guide, density)
             index = torch.arange(done, done + density.num_rows)
-            noise = RowNoise(self._key, index, dtype=density.dtype, device=density.device)
+            # starts are drawn by a row's place in its own data set, which for a model that is one row is the same in all
+            noise = RowNoise(self._key, index, dtype=density.dtype, device=density.device).fork(done)
             for start in range(0, density.num_rows, size):
                 rows = slice(start, min(start + size, density.num_rows))
                 share = len(latents[rows]) / num_simulations
