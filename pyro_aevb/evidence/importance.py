@@ -76,17 +76,19 @@ class Importance(Estimator):
     @property
     @override
     def draws_per_row(self) -> int:
-        return self.num_samples if self.proposal == "guide" else min(self.num_samples, _BLOCK)
+        return min(self.num_samples, _BLOCK)
 
     @override
     def estimate(self, problem: Problem) -> LogMarginal:
-        if self.proposal == "guide":
-            u, log_q = problem.require_guide(self.method).draw(self.num_samples, seed=problem.noise.seed)
-            return from_log_weights((problem.density.log_joint(u).double() - log_q)[None])
-        return self._weigh_fitted(problem)
+        """Draw from the posterior, fit a Gaussian, and weigh draws from around it and from the prior.
 
-    def _weigh_fitted(self, problem: Problem) -> LogMarginal:
-        """Draw from the posterior, fit a Gaussian, and weigh draws from around it and from the prior."""
+        Raises:
+            SettingError: If the proposal is the guide, whose draws need no coordinates: :class:`GuideWeights` weighs them.
+        """
+        if self.proposal == "guide":
+            raise SettingError(
+                "A problem's rows are weighed by proposal='fitted'; log_marginal weighs the guide's draws."
+            )
         draws = sample_rows(problem.density, problem.guide, problem.noise, advance=problem.advance)
         num_prior = self.num_samples // _PARTS
         log_weights = []

@@ -8,12 +8,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from known_evidence import bernoulli_decoder
 from torch import nn
 
 from pyro_aevb import log_marginal
 from pyro_aevb.errors import ModelError, SettingError, UnreliableWarning
 from pyro_aevb.evidence.gaussian import RowGaussian
-from pyro_aevb.evidence.importance import _propose_around
+from pyro_aevb.evidence.importance import Importance, _propose_around
 from pyro_aevb.evidence.problem import Problem
 from pyro_aevb.mcmc.noise import RowNoise
 from pyro_aevb.program.density import LogDensity
@@ -304,6 +305,28 @@ def test_a_fitted_proposal_covers_tails_heavier_than_a_gaussians():
 def test_a_fitted_proposal_needs_a_draw_of_each_part():
     with pytest.raises(SettingError, match="at least 5, got 4"):
         quiet(counts, None, torch.ones(2), proposal="fitted", num_samples=4)
+
+
+def test_a_problems_rows_are_not_weighed_by_a_guide():
+    noise = RowNoise(0, torch.arange(2), dtype=torch.float32)
+    with torch.no_grad():
+        problem = Problem(density=LogDensity(counts, torch.ones(2)), guide=None, noise=noise)
+    with pytest.raises(SettingError, match="'fitted'"):
+        Importance().estimate(problem)
+
+
+@pytest.mark.slow
+def test_the_prior_as_the_guide_of_the_nonlinear_decoder():
+    known = bernoulli_decoder()
+
+    def prior(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+
+    result = quiet(known.model, prior, known.x, num_samples=5000, seed=0)
+    # 3.5 of the standard errors of .023 that 5,000 draws of the prior have
+    assert result.value.item() == pytest.approx(known.log_evidence, abs=0.08)
+    assert 0.015 < result.standard_error.item() < 0.03
 
 
 def test_draws_of_a_fitted_proposal_are_weighed_where_the_model_is_evaluated():
