@@ -192,7 +192,7 @@ class TestGuides:
         with pytest.raises(SettingError, match=r"'importance' draws from a guide.*'quadrature'"):
             quiet(self.exact.model, None, self.x)
 
-    @pytest.mark.parametrize("method", ["importance", "line"])
+    @pytest.mark.parametrize("method", ["importance", "ais", "bridge", "line"])
     def test_a_guide_for_another_model_is_refused(self, method):
         def guide(x):
             with pyro.plate("data", len(x)):
