@@ -11,17 +11,19 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from pyro_aevb._types import PyroProgram, Values
+from pyro_aevb.diagnostics.report import TrustReport, trust_report
 from pyro_aevb.errors import FileError, SettingError
 from pyro_aevb.evidence.marginal import find_method, log_marginal
 from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.guides.base import AmortizedGuide
 from pyro_aevb.guides.normal import AutoAmortizedNormal
-from pyro_aevb.guides.saving import describe_guide, recall_guide, restore_guide
+from pyro_aevb.guides.saving import describe_guide, read_guide
 from pyro_aevb.imputation.impute import impute
 from pyro_aevb.imputation.result import Imputation
 from pyro_aevb.objectives.base import Objective
 from pyro_aevb.objectives.importance_weighted import IWELBO
 from pyro_aevb.objectives.sgvb import SGVB
+from pyro_aevb.objectives.wake_sleep import ReweightedWakeSleep, WakeSleep
 from pyro_aevb.prediction import embed, posterior, predict, reconstruct, simulate
 from pyro_aevb.program.settings import check_covariates, check_settings
 from pyro_aevb.program.staging import ObjectiveModule
@@ -34,7 +36,9 @@ from pyro_aevb.training.stepper import Stepper, default_optimizer
 
 __all__ = ["AEVB"]
 
-OBJECTIVES: dict[str, type[Objective]] = {"SGVB": SGVB, "IWELBO": IWELBO}
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.__name__: kind for kind in (SGVB, IWELBO, WakeSleep, ReweightedWakeSleep)
+}
 """Objectives that a saved file can name and rebuild."""
 
 
@@ -237,6 +241,16 @@ class AEVB:
         own = [setting.name for setting in fields(find_method(method))]
         return self._call(log_marginal, batch, settings, also=own, method=method)
 
+    def compare(self, *batch: Any, against: str = "hmc", **settings: Any) -> TrustReport:
+        """Hold the guide against MCMC, log p(x) and the model's own data: :func:`pyro_aevb.trust_report`.
+
+        Args:
+            *batch: Some rows; tens or hundreds will do.
+            against: ``"hmc"`` or ``"nuts"``.
+            **settings: Of :func:`pyro_aevb.trust_report`, and the batch's keyword arguments.
+        """
+        return self._call(trust_report, batch, settings, against=against)
+
     def simulate(
         self, *template: Any, num_rows: int | None = None, seed: int | None = None, **covariates: Any
     ) -> Values:
@@ -302,7 +316,7 @@ class AEVB:
             FileError: If the file is damaged, of another version, or belongs to another model.
         """
         header = read_header(path)
-        guide = _read_guide(header["guide"], model, guide, encoder)
+        guide = read_guide(header["guide"], model, guide, encoder)
         if objective is None and header["objective"] is not None:
             name, settings = header["objective"]
             if name not in OBJECTIVES:
@@ -373,21 +387,3 @@ class AEVB:
             return function(
                 self.model, self.guide, *rows.args, data_plate=self._plate, **fixed, **options, **rows.kwargs
             )
-
-
-def _read_guide(
-    saved: Mapping[str, Any] | None,
-    model: PyroProgram,
-    guide: PyroProgram | None,
-    encoder: nn.Module | Mapping[str, nn.Module] | None,
-) -> PyroProgram:
-    """Return the guide of a saved file, made from its description unless it is given."""
-    if guide is not None and encoder is not None:
-        raise SettingError("encoder= belongs to the guide that the file describes; give it to guide= instead.")
-    if guide is None:
-        if saved is None:
-            raise FileError("The file was saved with a guide of the user's own: give it again, guide=...")
-        return restore_guide(saved, model, encoder)
-    if saved is not None and isinstance(guide, AmortizedGuide):
-        recall_guide(guide, saved)
-    return guide

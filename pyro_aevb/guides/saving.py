@@ -7,14 +7,14 @@ from pyro.infer import autoguide
 from torch import nn
 
 from pyro_aevb._types import PyroProgram
-from pyro_aevb.errors import FileError
+from pyro_aevb.errors import FileError, SettingError
 from pyro_aevb.guides.base import AmortizedGuide
 from pyro_aevb.guides.families import neural_spline_flow
 from pyro_aevb.guides.flow import AutoAmortizedFlow
 from pyro_aevb.guides.normal import AutoAmortizedMultivariateNormal, AutoAmortizedNormal
 from pyro_aevb.guides.record import Record
 
-__all__ = ["describe_guide", "recall_guide", "restore_guide"]
+__all__ = ["describe_guide", "read_guide", "recall_guide", "restore_guide"]
 
 _CLASSES = {kind.__name__: kind for kind in (AutoAmortizedNormal, AutoAmortizedMultivariateNormal, AutoAmortizedFlow)}
 
@@ -90,3 +90,32 @@ def recall_guide(guide: AmortizedGuide, saved: Mapping[str, Any]) -> None:
         raise FileError(f"The file holds a guide of class {saved['class']}, but guide= is a {guide.name}.")
     if saved["record"] is not None:
         guide.recall(Record.from_json(saved["record"]))
+
+
+def read_guide(
+    saved: Mapping[str, Any] | None,
+    model: PyroProgram,
+    guide: PyroProgram | None,
+    encoder: nn.Module | Mapping[str, nn.Module] | None,
+) -> PyroProgram:
+    """Return the guide of a saved file, made from its description unless it is given.
+
+    Args:
+        saved: The guide's description in the file; ``None`` for a guide of the user's own.
+        model: The model.
+        guide: The guide, if it is given.
+        encoder: Encoders of a guide that is made.
+
+    Raises:
+        SettingError: If both a guide and an encoder are given.
+        FileError: If there is neither a guide nor a description.
+    """
+    if guide is not None and encoder is not None:
+        raise SettingError("encoder= belongs to the guide that the file describes; give it to guide= instead.")
+    if guide is None:
+        if saved is None:
+            raise FileError("The file was saved with a guide of the user's own: give it again, guide=...")
+        return restore_guide(saved, model, encoder)
+    if saved is not None and isinstance(guide, AmortizedGuide):
+        recall_guide(guide, saved)
+    return guide
