@@ -315,7 +315,6 @@ def test_a_problems_rows_are_not_weighed_by_a_guide():
         Importance().estimate(problem)
 
 
-@pytest.mark.slow
 def test_the_prior_as_the_guide_of_the_nonlinear_decoder():
     known = bernoulli_decoder()
 

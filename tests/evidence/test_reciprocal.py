@@ -10,7 +10,7 @@ import torch
 from known_evidence import TwoModes, bernoulli_decoder
 from torch.distributions import Gamma, Normal
 
-from pyro_aevb import log_marginal
+from pyro_aevb import hmc_posterior, log_marginal
 from pyro_aevb.errors import SettingError, UnreliableWarning
 from pyro_aevb.evidence.gaussian import fit_gaussian
 from pyro_aevb.evidence.problem import Problem
@@ -109,8 +109,11 @@ class TestEstimator:
         problem, truth = linear_gaussian(150)
         result = Reciprocal(**SMALL, **settings).estimate(problem)
         z = (result.value - truth) / result.standard_error
-        assert (z.abs() < 2).double().mean() > 0.85
-        assert z.abs().max() < 6
+        # 150 standard normals: four standard errors below their share of .954, of their mean (.33) and of their standard
+        # deviation (.23). Bounded weights are skewed, which adds a fifth of an error to the mean
+        assert (z.abs() < 2).double().mean() > 0.954 - 4 * math.sqrt(0.954 * 0.046 / 150)
+        assert abs(z.mean()) < 0.33 + 0.2
+        assert 0.77 < z.std() < 1.23
         assert torch.equal(result.upper, result.value)
         assert result.bound is Bound.UPPER
         assert result.upper_kind == "reciprocal"
@@ -186,6 +189,24 @@ class TestEstimator:
     def test_an_unknown_preset(self):
         with pytest.raises(SettingError, match="paper"):
             Reciprocal.preset("wu2017")
+
+
+@pytest.mark.slow
+def test_posterior_means_of_the_nonlinear_decoder():
+    known = bernoulli_decoder()
+    grid = torch.linspace(-7, 7, 701).double()
+    density = LogDensity(known.model, known.x)
+    u = torch.cartesian_prod(grid, grid)
+    with torch.no_grad():
+        log_joint = torch.cat([density.log_joint(part[:, None])[:, 0] for part in u.split(50_000)])
+    assert (log_joint.logsumexp(0) + 2 * math.log(grid[1] - grid[0])).item() == pytest.approx(
+        known.log_evidence, abs=1e-4
+    )
+    mean = log_joint.softmax(0) @ u
+    settings = {"num_chains": 64, "num_samples": 200, "warmup_steps": 100}
+    draws = hmc_posterior(known.model, known.x, seed=0, progress=False, **settings)
+    # 3,000 effective draws of sd .62: an error of .011
+    assert (draws.samples["z"].mean((0, 1))[0] - mean).abs().max() < 0.03
 
 
 @pytest.mark.slow
