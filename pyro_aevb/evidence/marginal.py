@@ -89,10 +89,10 @@ def log_marginal(
         chunk_size: Rows weighed at once; by default so many that some 50,000 draws are in memory. A model that draws its own
             rows runs as many as it draws, the last chunk padded.
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None``.
-        seed: Seed of the draws; the generators are left as they were. With a seed a row's value depends on its place in the
-            batch, and neither on the rows after it nor on ``chunk_size``, up to rounding; so it is where the guide and the prior
-            draw by inverting or transforming as many random numbers for every row (not by rejection, as Gamma does). That of
-            ``"importance"`` from the guide depends on both.
+        seed: Seed of the draws; the generators are left as they were. With a seed a row's value depends on neither ``chunk_size``
+            nor, without a guide, on the rows after it, up to rounding; so it is where the prior draws by transforming as many
+            random numbers for every row (not by rejection, as Gamma does). A guide draws for all rows at once: one row more or
+            less changes its draws. ``"importance"`` from the guide draws anew for each chunk.
         progress: Whether to show a progress bar.
         **settings: Settings of the estimator, and the batch's keyword arguments: tensors and arrays go to the model.
 

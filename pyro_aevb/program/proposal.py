@@ -1,5 +1,6 @@
 """A guide as a density of the model's unconstrained coordinates: where importance samples, chains and annealing paths start."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import GuideError, SettingError
 from pyro_aevb.program.agreement import check_separable, is_delta
-from pyro_aevb.program.blocks import draw_in_blocks
+from pyro_aevb.program.blocks import BLOCK_DRAWS, draw_in_blocks
 from pyro_aevb.program.coordinates import in_plates, rows_first
 from pyro_aevb.program.density import Density, LogDensity
 from pyro_aevb.program.importance import ImportanceProgram
@@ -116,7 +117,8 @@ class GuideDensity:
         check_count("num_draws", num_draws)
         leading = torch.Size((*self._rows.given.leading, num_draws))
         counts = self._rows.split_leading(leading)
-        size = self._rows.block_rows(counts[0] * counts[1])
+        # as many rows as can be: a guide that holds a table of its rows runs with all of them alone
+        size = self._rows.chunk_rows or min(self._rows.total, max(1, BLOCK_DRAWS // math.prod(counts)))
 
         def draw(block: int) -> tuple[Tensor, Tensor]:
             args, kwargs = self._rows.data_of(self._rows.rows_of_block(block, size))

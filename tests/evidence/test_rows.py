@@ -28,7 +28,6 @@ class TestBatches:
         ("method", "settings"),
         [
             ("ais", {"num_temperatures": 5}),
-            ("ais", {"num_temperatures": 5, "start": "prior"}),
             ("bridge", {"num_chains": 2, "num_draws": 20, "warmup_steps": 10}),
             ("reciprocal", {"num_chains": 2, "num_draws": 20, "warmup_steps": 10}),
             ("quadrature", {}),
@@ -37,9 +36,9 @@ class TestBatches:
     def test_other_rows_change_no_row(self, method, settings):
         exact, x = LinearGaussian.fixture()
         x = x + 0.3 * torch.randn(70, 6, dtype=x.dtype)
-        few = quiet(exact.model, exact.guide, x[:2], method=method, **settings)
+        few = quiet(exact.model, None, x[:2], method=method, **settings)
         for num_rows in (3, 70):
-            more = quiet(exact.model, exact.guide, x[:num_rows], method=method, **settings)
+            more = quiet(exact.model, None, x[:num_rows], method=method, **settings)
             torch.testing.assert_close(more.value[:2], few.value, rtol=0, atol=1e-9)
 
     def test_numpy_arrays_are_templates(self):

@@ -110,6 +110,21 @@ def test_a_guide_does_not_change_what_is_sampled() -> None:
     assert draws.is_flagged.double().mean() <= 0.04  # by chance
 
 
+def test_a_guide_may_hold_a_table_of_its_rows() -> None:
+    exact, _ = LinearGaussian.fixture()
+    x, _ = exact.simulate(70, seed=5)
+    loc = exact.posterior(x)["z"].mean
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.5).to_event(1))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        draws = hmc_posterior(exact.model, x, guide=guide, num_samples=4, warmup_steps=2, seed=0, progress=False)
+    assert draws.samples["z"].shape == (16, 4, 70, 3)
+
+
 def check_smoother(num_steps: int, num_rows: int, *, num_leapfrog: int) -> None:
     """Hold states to the RTS smoother."""
     exact = LinearGaussianStateSpace(num_steps=num_steps)
