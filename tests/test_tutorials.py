@@ -108,19 +108,19 @@ def errors_by_method(text):
 def check_evidence(text):
     """Estimators against quadrature, where each of them is said to be right and where it is said to fail."""
     errors = errors_by_method(text)
-    assert abs(errors["bridge"][0]) < 0.2  # one digit, flagged, is off by eight nats
-    assert abs(errors["bridge"][3]) < 0.05
+    assert abs(errors["bridge"][0]) < 0.05
+    assert abs(errors["bridge"][1]) < 0.5
     assert abs(errors["ais, prior"][0]) < 0.1
     assert abs(errors["ais, prior"][3]) < 1.5  # 16 chains, errors of 0.1 to 0.5 a row
-    assert abs(errors["importance, fitted"][2]) < 0.05
+    assert abs(errors["importance, fitted"][0]) < 0.05
     assert errors["importance"][0] < -1.0  # what k-hat flags, and
     assert -0.3 < errors["importance"][2] < 0.0  # what it does not
-    assert errors["ais, guide"][3] < -5.0  # modes that the guide does not know
-    assert errors["reciprocal, paper"][1] < -5.0  # two modes under one Gaussian
-    assert -0.02 < errors["reciprocal, paper"][2] < 0.1  # else an upper bound
+    assert errors["ais, guide"][1] < -5.0  # modes that the guide does not know
+    assert errors["ais, guide"][3] > -3.0  # and that the check finds
+    assert abs(errors["reciprocal, paper"][2]) < 0.1
     gaps = {steps: numbers_after(text, f"prior, {steps:4} temperatures")[2:] for steps in (30, 100, 300)}
-    assert gaps[30][0] > gaps[100][0] > 0.2
-    assert abs(gaps[300][0]) < 4 * gaps[300][1]
+    assert gaps[30][0] > gaps[100][0] > gaps[300][0]
+    assert gaps[300][0] < 0.5
 
 
 def require_mnist():
