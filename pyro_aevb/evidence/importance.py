@@ -76,19 +76,18 @@ class Importance(Estimator):
     @property
     @override
     def draws_per_row(self) -> int:
-        return min(self.num_samples, _BLOCK)
+        return self.num_samples if self.proposal == "guide" else min(self.num_samples, _BLOCK)
 
     @override
     def estimate(self, problem: Problem) -> LogMarginal:
-        """Draw from the posterior, fit a Gaussian, and weigh draws from around it and from the prior.
-
-        Raises:
-            SettingError: If the proposal is the guide, whose draws need no coordinates: :class:`GuideWeights` weighs them.
-        """
+        """Weigh draws of the guide, or of what posterior draws say. The door weighs the guide's without coordinates."""
         if self.proposal == "guide":
-            raise SettingError(
-                "A problem's rows are weighed by proposal='fitted'; log_marginal weighs the guide's draws."
-            )
+            u, log_q = problem.require_guide(self.method).draw(self.num_samples, seed=problem.noise.seed % 2**31)
+            return from_log_weights((problem.density.log_joint(u).double() - log_q)[None])
+        return self._weigh_fitted(problem)
+
+    def _weigh_fitted(self, problem: Problem) -> LogMarginal:
+        """Draw from the posterior, fit a Gaussian, and weigh draws from around it and from the prior."""
         draws = sample_rows(problem.density, problem.guide, problem.noise, advance=problem.advance)
         num_prior = self.num_samples // _PARTS
         log_weights = []

@@ -18,6 +18,7 @@ from pyro_aevb.evidence.importance import Importance, _propose_around
 from pyro_aevb.evidence.problem import Problem
 from pyro_aevb.mcmc.noise import RowNoise
 from pyro_aevb.program.density import LogDensity
+from pyro_aevb.program.proposal import GuideDensity
 from pyro_aevb.testing import (
     BetaBinomial,
     EightSchools,
@@ -307,12 +308,16 @@ def test_a_fitted_proposal_needs_a_draw_of_each_part():
         quiet(counts, None, torch.ones(2), proposal="fitted", num_samples=4)
 
 
-def test_a_problems_rows_are_not_weighed_by_a_guide():
-    noise = RowNoise(0, torch.arange(2), dtype=torch.float32)
+def test_a_problems_rows_are_weighed_by_their_guide():
+    exact, x = LinearGaussian.fixture()
+    x = torch.cat([x, x + 0.5])
+    noise = RowNoise(0, torch.arange(2), dtype=torch.float64)
     with torch.no_grad():
-        problem = Problem(density=LogDensity(counts, torch.ones(2)), guide=None, noise=noise)
-    with pytest.raises(SettingError, match="'fitted'"):
-        Importance().estimate(problem)
+        density = LogDensity(exact.model, x)
+        problem = Problem(density=density, guide=GuideDensity(exact.guide, density), noise=noise)
+        result = Importance(num_samples=200).estimate(problem)
+    torch.testing.assert_close(result.value, exact.log_marginal(x), rtol=0, atol=1e-8)
+    assert result.k_hat.isneginf().all()
 
 
 def test_the_prior_as_the_guide_of_the_nonlinear_decoder():

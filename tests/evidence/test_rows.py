@@ -28,8 +28,7 @@ class TestBatches:
         ("method", "settings"),
         [
             ("ais", {"num_temperatures": 5}),
-            ("bridge", {"num_chains": 2, "num_draws": 20, "warmup_steps": 10}),
-            ("reciprocal", {"num_chains": 2, "num_draws": 20, "warmup_steps": 10}),
+            ("bridge", {"num_chains": 2, "num_draws": 8, "warmup_steps": 4}),
             ("quadrature", {}),
         ],
     )
