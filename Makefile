@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2> /dev/null && echo
 BIN := .venv/bin
 DEV := .venv/installed-dev
 DOCS := .venv/installed-docs
+BENCH := .venv/installed-bench
 
 ifeq ($(origin PYRO_AEVB_DATA),undefined)
 ifneq ($(wildcard ../shared/data),)
@@ -33,7 +34,7 @@ lint: $(DEV)
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(DEV)
+bench: $(BENCH)
 	$(BIN)/python -m benchmarks.run
 
 clean:
@@ -48,4 +49,8 @@ $(DEV): pyproject.toml constraints.txt
 
 $(DOCS): $(DEV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,docs]" --constraint constraints.txt
+	touch $@
+
+$(BENCH): $(DEV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,bench]" --constraint constraints.txt
 	touch $@

@@ -9,9 +9,12 @@ from pathlib import Path
 from benchmarks import (
     build_time,
     eight_schools,
+    evidence,
     guides,
     hierarchical,
+    leapfrog,
     linear_gaussian,
+    memory,
     mnist,
     state_space,
     step_time,
@@ -27,6 +30,9 @@ COMPARISONS: dict[str, Callable[..., Result]] = {
     "eight_schools": eight_schools.run,
     "state_space": state_space.run,
     "build_time": build_time.run,
+    "evidence": evidence.run,
+    "leapfrog": leapfrog.run,
+    "memory": memory.run,
 }
 """Every comparison, in the order of the page; a new one is a module with ``run(*, quick) -> Result`` and a line here."""
 

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,19 @@ def test_automatic_guides_reach_their_numbers(bench: ModuleType, name: str) -> N
     missed = [row for row in result.missed if not row.bar.endswith(" s")]  # times are no tests
     assert any(row.is_met for row in result.rows)
     assert missed == []
+
+
+needs_mnist = pytest.mark.skipif(
+    not (Path(os.environ.get("PYRO_AEVB_DATA", "")) / "mnist.npz").is_file(),
+    reason="mnist.npz is not on this machine; PYRO_AEVB_DATA names its directory",
+)
+
+
+@pytest.mark.slow
+@needs_mnist
+def test_estimators_of_log_p_reach_quadrature_on_digits(bench: ModuleType) -> None:
+    result = bench.COMPARISONS["evidence"](quick=False)
+    assert [row.is_met for row in result.rows if row.bar] == [True] * 4
 
 
 def test_moments_of_parts_are_those_of_all_draws(bench: ModuleType) -> None:
