@@ -253,8 +253,8 @@ class CollapseMonitor:
         >>> x = torch.randn(200)
         >>> monitor = CollapseMonitor(x, every=2)
         >>> result = fit(model, AutoAmortizedNormal(model), SGVB(), x, num_epochs=4, callbacks=[monitor], progress=False)
-        >>> [record.get("active_units") for record in result.history]
-        [None, 1.0, None, 1.0]
+        >>> tuple(record.get("active_units") for record in result.history)
+        (None, 1.0, None, 1.0)
         >>> monitor.report.num_rows
         200
     """
