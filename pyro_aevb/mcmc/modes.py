@@ -98,12 +98,16 @@ class Visited(NamedTuple):
         """Tell which chains sit in a mode that holds next to nothing, or where there is no density at all.
 
         The first are those whose log mass lies more than 3 + D nats below the largest of the row's: 3 for a twentieth, one nat a
-        coordinate for what the estimate may be off. Chains whose mass is not known are not among them. The second are empty as
-        soon as any chain of the row has a density.
+        coordinate for what the estimate may be off. A chain that hardly accepts is where the row's steps are too long, in a narrow
+        place: it counts with the volume of that largest one, which is more than it has. Other chains whose mass is not known are
+        not among them. The second are empty as soon as any chain of the row has a density.
         """
-        mass = self.log_mass()
-        best = mass.nan_to_num(nan=-math.inf).amax(0)
-        is_low = mass < best - (_EMPTY + self.mean.shape[-1])
+        mass, log_density = self.log_mass(), self.log_density / self.size
+        best, place = mass.nan_to_num(nan=-math.inf).max(0)
+        volume = best - log_density.gather(0, place[None])[0]
+        hardly_moves = self.acceptance < _LEAST_ACCEPTANCE * self.size
+        most = torch.where(hardly_moves & best.isfinite(), log_density + volume, mass)
+        is_low = most < best - (_EMPTY + self.mean.shape[-1])
         is_nowhere = ~self.log_density.isfinite()
         return is_low | (is_nowhere & ~is_nowhere.all(0))
 

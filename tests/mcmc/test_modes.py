@@ -99,6 +99,15 @@ def test_a_chain_that_stands_still_is_left_alone_and_one_without_a_density_is_no
     assert empty(None, 0.0, nowhere=[0, 1]) == [False, False]
 
 
+def test_a_chain_that_hardly_accepts_is_judged_by_its_density_alone():
+    """It is in a narrow place: with a lower density than another's it holds less, with a higher one it may hold more."""
+    draws = randn(100, 4, 1, 3)
+    draws[:, 1:] = 5.0
+    log_density = torch.tensor([0.0, -5.0, -7.0, 9.0], dtype=DOUBLE)[:, None].expand(100, 4, 1).clone()
+    acceptance = torch.tensor([0.8, 0.1, 0.0, 0.0])[:, None]
+    assert visit(draws, log_density, acceptance).is_empty()[:, 0].tolist() == [False, False, True, False]
+
+
 def numbered(chains, rows):
     number = torch.arange(chains * rows, dtype=DOUBLE).reshape(chains, rows)
     return HMCState(number[..., None].repeat(1, 1, 3), 10 * number, 100 * number[..., None].repeat(1, 1, 3))
