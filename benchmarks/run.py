@@ -16,6 +16,7 @@ from benchmarks import (
     linear_gaussian,
     memory,
     mnist,
+    rivals,
     state_space,
     step_time,
 )
@@ -33,6 +34,7 @@ COMPARISONS: dict[str, Callable[..., Result]] = {
     "evidence": evidence.run,
     "leapfrog": leapfrog.run,
     "memory": memory.run,
+    "rivals": rivals.run,
 }
 """Every comparison, in the order of the page; a new one is a module with ``run(*, quick) -> Result`` and a line here."""
 
