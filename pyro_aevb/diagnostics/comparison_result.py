@@ -21,6 +21,8 @@ __all__ = ["Comparison", "SiteComparison", "WorstCoordinates"]
 class SiteComparison:
     r"""One latent site of the guide beside the reference. Shapes are ``[rows, *inner plates, *event]``, for C2ST ``[rows]``.
 
+    A coordinate that the support holds fixed, such as the zeros of a Cholesky factor, is NaN and left out of tables.
+
     Attributes:
         moments: Errors of means, in posterior standard deviations, and ratios of standard deviations, with their standard errors.
         wasserstein: 1-Wasserstein distances of single coordinates, in posterior standard deviations, beside what chance makes.
@@ -51,9 +53,7 @@ class WorstCoordinates(NamedTuple):
         """Pick the mean that is furthest off, the ratio furthest from 1 on a log scale, and the largest distance."""
         error, error_se, ratio, ratio_se = (_flat(item) for item in site.moments)
         distance, null = (_flat(item) for item in site.wasserstein)
-        means = error.abs().argmax(1, keepdim=True)
-        ratios = ratio.log().abs().argmax(1, keepdim=True)
-        distances = distance.argmax(1, keepdim=True)
+        means, ratios, distances = (_place_of_largest(item) for item in (error.abs(), ratio.log().abs(), distance))
         return cls(
             _pick(error, means),
             _pick(error_se, means),
@@ -64,6 +64,16 @@ class WorstCoordinates(NamedTuple):
             site.c2st,
             site.c2st_se,
         )
+
+
+def _place_of_largest(values: Float[Tensor, "rows coordinates"]) -> Int[Tensor, "rows 1"]:
+    """Return the place of each row's largest value, of all but NaN."""
+    return values.nan_to_num(nan=-1.0, posinf=math.inf).argmax(1, keepdim=True)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Return the mean of what is known."""
+    return values[~values.isnan()].mean()
 
 
 def _pick(values: Float[Tensor, "rows coordinates"], place: Int[Tensor, "rows 1"]) -> PerRow:
@@ -153,12 +163,12 @@ class Comparison:
             accuracy, accuracy_se = site.c2st[sound], site.c2st_se[sound]
             is_known = ~accuracy.isnan()
             lines[name] = {
-                "mean_error": site.moments.mean_error[sound].square().mean().sqrt(),
-                "by_chance": site.moments.mean_error_se[sound].square().mean().sqrt(),
-                "sd_ratio": site.moments.sd_ratio[sound].log().mean().exp(),
-                "wasserstein": site.wasserstein.value[sound].mean(),
-                "w_by_chance": site.wasserstein.null[sound].mean(),
-                "c2st": accuracy[is_known].mean(),
+                "mean_error": _mean(site.moments.mean_error[sound].square()).sqrt(),
+                "by_chance": _mean(site.moments.mean_error_se[sound].square()).sqrt(),
+                "sd_ratio": _mean(site.moments.sd_ratio[sound].log()).exp(),
+                "wasserstein": _mean(site.wasserstein.value[sound]),
+                "w_by_chance": _mean(site.wasserstein.null[sound]),
+                "c2st": _mean(accuracy),
                 "c2st_se": accuracy_se[is_known].square().mean().sqrt() / is_known.sum().sqrt(),
             }
         table = {name: {column: value.item() for column, value in line.items()} for name, line in lines.items()}

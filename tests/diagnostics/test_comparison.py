@@ -170,6 +170,29 @@ def test_nothing_is_pooled_where_every_row_is_flagged(exact: tuple[LinearGaussia
     assert "6 with unreliable chains" in repr(found)
 
 
+def test_what_a_support_holds_fixed_leaves_no_hole_in_tables() -> None:
+    """A Cholesky factor of a correlation matrix; its first correlation has variance 1 / (2 a + 1), a = concentration + 1/2."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("factor", dist.LKJCholesky(3, 2.0))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("factor", dist.LKJCholesky(3, 8.0))
+
+    x = torch.zeros(2)
+    draws = dist.LKJCholesky(3, 2.0).sample((4, 250, 2))
+    reference = replace(as_chains(LogDensity(model, x), {"factor": draws}), status=(Status.OK,) * 2)
+    found = compare(guide, reference, x, model=model)
+    ratio = found.sites["factor"].moments.sd_ratio
+    assert ratio[:, 0].isnan().all()  # 1, 0, 0
+    torch.testing.assert_close(ratio[:, 1, 0], torch.full((2,), (6 / 18) ** 0.5, dtype=torch.float64), rtol=0.1, atol=0)
+    assert found.summary().notna().all(axis=None)
+    assert found.to_pandas().notna().all(axis=None)
+
+
 def test_the_worst_row_comes_first(exact: tuple[LinearGaussian, Tensor, PosteriorDraws]) -> None:
     model, x, reference = exact
     shift = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
