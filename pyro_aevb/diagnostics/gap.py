@@ -297,7 +297,7 @@ def inference_gap(
         proposal = GuideDensity(guide, run.density)
         best: Proposal
         if isinstance(guide, RefinableGuide):
-            refined = guide.refine(*batch, **covariates, **search.settings)
+            refined = guide.refine(*batch, given=run.given, **covariates, **search.settings)
             best, family = GuideDensity(refined, run.density), f"{type(guide).__name__} with offsets of each row's own"
         else:
             best, family = fit_normals(run.density, proposal, search), _NORMALS

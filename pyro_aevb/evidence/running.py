@@ -35,6 +35,10 @@ class EstimatorRun:
         data_plate: As in :func:`~pyro_aevb.program.structure.read_structure`.
         num_global_samples: S, draws of the globals; of no account in a model without them.
 
+    Attributes:
+        density: The rows under the first draw of the globals.
+        given: That draw by site; nothing without globals.
+
     Raises:
         ModelError: If the model is not supported.
         GuideError: If the guide does not fit the model.
@@ -62,7 +66,8 @@ class EstimatorRun:
                 _check_no_globals(read_structure(model, args, kwargs, data_plate=data_plate))
             raise
         proposal = None if guide is None else GuideDensity(guide, self.density)
-        self.has_globals = bool(given[0])
+        self.given = given[0]
+        self.has_globals = bool(self.given)
         self._conditioned: list[tuple[LogDensity, GuideDensity | None]] = [
             (self.density.given(values), proposal and proposal.given(values)) if values else (self.density, proposal)
             for values in given

@@ -6,9 +6,8 @@ whole parameters).
 """
 
 import copy
-import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
@@ -20,8 +19,9 @@ from tqdm import tqdm
 from pyro_aevb._types import Args, Kwargs, LocalWeights, PerRow, PyroProgram, Values
 from pyro_aevb.errors import DataError, GuideError, ModelError, SettingError
 from pyro_aevb.guides.building import Built
-from pyro_aevb.guides.probe import bind
+from pyro_aevb.guides.row_keys import row_keys
 from pyro_aevb.program.batch import batch_rows
+from pyro_aevb.program.model_rows import Given, given_globals
 from pyro_aevb.program.particles import ParticleAxes
 from pyro_aevb.program.rows import CHUNK_DRAWS, Rows, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
@@ -52,6 +52,7 @@ class _Steps:
     num_particles: int
     chunk_size: int | None
     progress: bool
+    given: Values
 
 
 @dataclass
@@ -90,41 +91,13 @@ class _Refinement:
 
     def __call__(self, args: Args, kwargs: Kwargs, index: Tensor | None) -> Values:
         """Return the offsets of a batch, 0 in rows that were not refined."""
-        keys = _row_keys(self._model, self._structure, args, kwargs)
+        keys = row_keys(self._model, self._structure, args, kwargs)
         if index is not None and len(index) != len(keys):
             keys = [keys[row] for row in index.tolist()]
         places = [self._places.get(key, -1) for key in keys]  # -1 is the row of zeros behind the others
         if max(places, default=-1) < 0:
             return {}
         return {name: _rows_back(item[places], self._structure) for name, item in self._offsets.items()}
-
-
-def _row_keys(model: PyroProgram, structure: Structure, args: Args, kwargs: Kwargs) -> list[bytes]:
-    """Digest what each row holds in all tensors; nothing if tensors differ in length.
-
-    What has no rows (numbers, names, scalar tensors) counts for every row.
-    """
-    arguments = bind(model, args, kwargs)
-    others = [item for item in (*args, *kwargs.values()) if not (isinstance(item, Tensor) and item.dim())]
-    if structure.data_plate is None:
-        arguments = {name: item[None] for name, item in arguments.items()}
-    arguments = arguments or {"": torch.arange(structure.rows)}  # data that the model itself holds are told by position
-    if len({len(item) for item in arguments.values()}) > 1:
-        return []
-    head: list[Any] = [(name, item.dtype, tuple(item.shape[1:])) for name, item in arguments.items()]
-    head += [item.item() if isinstance(item, Tensor) else item for item in others]
-    start = hashlib.blake2b(repr(head).encode(), digest_size=16)
-    keys = []
-    for row in torch.cat([_bytes_of(item) for item in arguments.values()], 1).numpy():
-        digest = start.copy()
-        digest.update(row)
-        keys.append(digest.digest())
-    return keys
-
-
-def _bytes_of(item: Tensor) -> Tensor:
-    """Return the bytes of each row, ``[rows, bytes]``."""
-    return item.detach().cpu().reshape(len(item), item[:1].numel()).contiguous().view(torch.uint8)
 
 
 def _rows_first(offset: Tensor, structure: Structure) -> Tensor:
@@ -234,13 +207,21 @@ class _Refiner:
         where q is the posterior, and few particles are enough.
         """
         self.live.values = offsets
-        guide = self.program.sample_guide(args, kwargs, axes, keeps_noise=True)
+        self.program.forget_indices()
+        guide = self.program.sample_guide(args, kwargs, axes, values=self._globals(axes), keeps_noise=True)
         values = {name: site.value for name, site in guide.items()}
         model = self.program.score_model(args, kwargs, axes, values)
         if torch.is_grad_enabled():
             self.live.values = {name: item.detach() for name, item in offsets.items()}
             guide = self.program.rescore_guide(args, kwargs, axes, values, is_detached=False)
         return self.program.terms(model, guide, axes).log_weights().local
+
+    def _globals(self, axes: ParticleAxes) -> Values:
+        """Return the values of globals that are given, the same in each particle."""
+        ranks, given = self.structure.ranks, self.steps.given.items()
+        if axes.is_single:
+            return {name: value.reshape(value.shape[value.dim() - ranks[name] :]) for name, value in given}
+        return {name: value.expand(axes.num_particles, *value.shape[1:]) for name, value in given}
 
     def _judge(self, args: Args, kwargs: Kwargs, start: Values, end: Values) -> PerRow:
         """Return by how much fresh bounds under common noise are higher at the end, 0 where they are not for sure."""
@@ -284,6 +265,7 @@ class RefinableGuide(AutoGuide):
         learning_rate: float = 0.05,
         num_particles: int = 8,
         chunk_size: int | None = None,
+        given: Mapping[str, Tensor] | None = None,
         seed: int | None = None,
         progress: bool = False,
         **covariates: Any,
@@ -298,8 +280,8 @@ class RefinableGuide(AutoGuide):
         errors; the others, and those whose bound is not finite, keep the encoder's output. A row that gained nothing is so
         kept in at most 2.3 % of cases.
 
-        Globals are sampled from q at every step and are not refined. Parameters of model and guide stay as they are, and modules
-        run in eval mode. Refining a refined guide starts from the encoder again.
+        Globals are sampled from q at every step, unless they are given, and are not refined. Parameters of model and guide stay as
+        they are, and modules run in eval mode. Refining a refined guide starts from the encoder again.
 
         Args:
             *batch: Rows, as positional arguments of the model.
@@ -308,6 +290,7 @@ class RefinableGuide(AutoGuide):
                 to 0 in a line.
             num_particles: Draws of each row in a step.
             chunk_size: Rows refined at once; by default so many that some 50,000 draws are in memory.
+            given: One value of each global, at which rows are refined.
             seed: Seed of the draws; the generators are left as they were.
             progress: Whether to show a progress bar.
             **covariates: The batch's keyword arguments.
@@ -317,7 +300,7 @@ class RefinableGuide(AutoGuide):
             batch and order; other rows get the encoder's output. :attr:`improvement` tells what each row gained.
 
         Raises:
-            SettingError: If a number is out of range or a keyword unknown.
+            SettingError: If a number is out of range, a keyword unknown, or what is given is not one value of each global.
             DataError: If there are no rows, NaN reaches a density, or the arguments do not tell rows apart.
             ModelError: If no latent lies inside the data plate, or rows have no bound of their own.
 
@@ -344,10 +327,16 @@ class RefinableGuide(AutoGuide):
         self.build(*batch, **covariates)
         structure = self.built.structure
         _check_own(self.built)
-        keys = _row_keys(self.model, structure, batch, covariates)
+        keys = row_keys(self.model, structure, batch, covariates)
         live = _LiveOffsets()
         working = self._with_offsets(live)
-        steps = _Steps(num_steps, learning_rate, num_particles, chunk_size, progress)
+        at = given_globals(structure, dict(given)) if given else Given(torch.Size(), {})
+        if at.leading:
+            raise SettingError(
+                f"Rows are refined at one value of each global; the given ones have leading axes {list(at.leading)}. Refine at one "
+                f"draw of them after the other."
+            )
+        steps = _Steps(num_steps, learning_rate, num_particles, chunk_size, progress, at.values)
         with inferring(seed, self.model, working):
             rows = Rows(self.model, working, batch, covariates, structure.data_plate)
             offsets, improvement = _Refiner(self, rows, live, steps).run()

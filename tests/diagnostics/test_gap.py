@@ -160,10 +160,12 @@ def test_with_globals_everything_is_given_one_draw_of_them():
 
 def test_an_automatic_guide_with_globals_is_refined():
     exact, x = NormalNormal.fixture()
-    guide = AutoAmortizedNormal(exact.model).build(x)
-    gap = quiet(exact.model, guide, x, method="quadrature", num_draws=1000, num_steps=60)
+    guide = AutoAmortizedNormal(exact.model, init_scale=0.7).build(x)
+    gap = quiet(exact.model, guide, x, method="quadrature", num_draws=1000, num_steps=200)
     assert gap.amortization_gap.mean() > 0.3
-    assert (gap.approximation_gap > -5 * gap.approximation_error - 1e-6).all()
+    assert (
+        gap.approximation_gap.abs().max() < 1e-3
+    )  # at that draw: an offset for the mean over q(globals) lacks 0.1 and more
 
 
 # --- The result ---

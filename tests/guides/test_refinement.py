@@ -418,6 +418,25 @@ def test_globals_are_sampled_and_stay():
 # The refined guide is a guide
 
 
+def test_rows_are_refined_at_one_value_of_the_globals():
+    """At g the posterior of z is N((g + x) / 2, 1 / 2); whatever q(g) is, that is the best q."""
+
+    def model(x):
+        g = pyro.sample("g", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(g, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([0.0, 1.0, 4.0])
+    guide, given = AutoAmortizedNormal(model, init_scale=0.7).build(x), {"g": torch.tensor(3.0)}
+    refined = guide.refine(x, given=given, num_steps=300, seed=0)
+    found = pyro.poutine.trace(pyro.poutine.condition(refined, data=given)).get_trace(x).nodes["z"]["fn"]
+    torch.testing.assert_close(found.mean, (3.0 + x) / 2, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.stddev, torch.full((3,), 0.5**0.5), atol=1e-3, rtol=0)
+    with pytest.raises(SettingError, match=r"leading axes \[2\]"):
+        guide.refine(x, given={"g": torch.zeros(2)})
+
+
 def test_evidence_and_importance_weighted_bounds_take_the_refined_guide():
     exact, guide, refined, x = refined_by_default(AutoAmortizedMultivariateNormal)
     truth = exact.log_marginal(x)
