@@ -12,23 +12,19 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_aevb._types import Args, Kwargs, PerRow, PyroProgram, Values
-from pyro_aevb.errors import ModelError, SettingError
+from pyro_aevb._types import PerRow, PyroProgram
 from pyro_aevb.evidence.ais import AIS, ROUNDING, average_weights
 from pyro_aevb.evidence.problem import Problem
 from pyro_aevb.evidence.result import Status
 from pyro_aevb.evidence.rules import rate
-from pyro_aevb.evidence.running import draw_globals
 from pyro_aevb.evidence.summary import number
 from pyro_aevb.mcmc.noise import RowNoise
-from pyro_aevb.program.batch import as_tensors, batch_rows, take_rows
-from pyro_aevb.program.density import LogDensity
-from pyro_aevb.program.observations import ToBatch, write_observations
-from pyro_aevb.program.proposal import GuideDensity
-from pyro_aevb.program.rows import CHUNK_DRAWS, Rows, inferring
+from pyro_aevb.program.batch import as_tensors
+from pyro_aevb.program.observations import ToBatch
+from pyro_aevb.program.rows import CHUNK_DRAWS, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
-from pyro_aevb.program.simulation import simulate_rows
-from pyro_aevb.program.structure import read_structure
+from pyro_aevb.program.simulated import Simulator
+from pyro_aevb.program.structure import Structure
 
 if TYPE_CHECKING:
     import pandas
@@ -239,98 +235,50 @@ def bdmc(
         start=start or ("prior" if guide is None else "guide"),
     )
     with inferring(seed, model, *([] if guide is None else [guide])):
-        simulation = _Simulation(model, guide, batch, covariates, data_plate, to_batch)
-        simulation.condition(given)
-        size = chunk_size or max(1, CHUNK_DRAWS // num_chains)
+        key = int(torch.randint(2**62, ()))  # before anything else draws, so that it hangs on the seed alone
+        simulator = Simulator(model, guide, (batch, covariates), data_plate=data_plate, given=given, to_batch=to_batch)
+        chunks = _Chunks(num_simulations, chunk_size or max(1, CHUNK_DRAWS // num_chains), key)
         with tqdm(total=1.0, disable=not progress, dynamic_ncols=True, bar_format=_BAR) as bar:
-            chunks = simulation.chunks(num_simulations, size, lambda fraction: bar.update(min(fraction, 1 - bar.n)))
-            parts = [_bound(annealing, *chunk) for chunk in chunks]
-    return _join(parts, annealing, simulation.label)
+            problems = chunks.problems(simulator, lambda fraction: bar.update(min(fraction, 1 - bar.n)))
+            parts = [_bound(annealing, *problem) for problem in problems]
+    return _join(parts, annealing, _label(simulator.structure))
 
 
-class _Simulation:
-    """Rows simulated from a model, as problems of an estimator with the latents that they were made from."""
+def _label(structure: Structure) -> str:
+    """Name the quantity that is bounded."""
+    if structure.data_plate is None:
+        return "joint log evidence"
+    return "log p(x | globals)" if structure.has_globals else "log p(x)"
 
-    def __init__(
-        self,
-        model: PyroProgram,
-        guide: PyroProgram | None,
-        args: Args,
-        kwargs: Kwargs,
-        data_plate: str | None,
-        to_batch: ToBatch | None,
-    ) -> None:
-        self._key = int(torch.randint(2**62, ()))  # before anything else draws, so that it hangs on the seed alone
-        self.model, self.guide, self.to_batch = model, guide, to_batch
-        self.args, self.kwargs = args, kwargs
-        self.structure = read_structure(model, args, kwargs, data_plate=data_plate)
-        self._given: Values = {}
-        if self.structure.draws_own_rows:
-            raise ModelError(
-                f"The model draws rows of plate {self.structure.data_plate!r} by itself, so that simulated rows can't be put in "
-                f"order. Size the plate by the batch, pyro.plate({self.structure.data_plate!r}, len(x)), without subsample_size."
-            )
 
-    @property
-    def label(self) -> str:
-        """The quantity that is bounded."""
-        if self.structure.data_plate is None:
-            return "joint log evidence"
-        return "log p(x | globals)" if self.structure.has_globals else "log p(x)"
+class _Chunks(NamedTuple):
+    """How simulated rows are dealt out: in all, at once, and by which noise."""
 
-    def condition(self, given: Mapping[str, Tensor] | None) -> None:
-        """Take values of the globals, or draw them from the guide; a model that still lacks some is refused when it is read."""
-        if given is not None:
-            self._given = dict(given)
-        elif self.guide is not None and self.structure.has_globals and self.structure.data_plate is not None:
-            rows = Rows(self.model, self.guide, self.args, self.kwargs, self.structure.data_plate)
-            self._given = draw_globals(rows, 1)[0][0]
+    num_simulations: int
+    size: int
+    key: int
 
-    def chunks(
-        self, num_simulations: int, size: int, advance: Callable[[float], None]
+    def problems(
+        self, simulator: Simulator, advance: Callable[[float], None]
     ) -> Iterator[tuple[Problem, Float[Tensor, "rows latent"]]]:
         """Yield problems of some rows each, with the unconstrained latents that the rows were made from."""
         done = 0
-        for args, kwargs in self._batches(num_simulations):
-            density, latents = self._simulate(args, kwargs)
-            guide = None if self.guide is None else GuideDensity(self.guide, density)
+        for made in simulator.draw(self.num_simulations):
+            density, latents = made.density, made.latents
             index = torch.arange(done, done + density.num_rows)
             # starts are drawn by a row's place in its own data set, which for a model that is one row is the same in all
-            noise = RowNoise(self._key, index, dtype=density.dtype, device=density.device).fork(done)
-            for start in range(0, density.num_rows, size):
-                rows = slice(start, min(start + size, density.num_rows))
-                share = len(latents[rows]) / num_simulations
+            noise = RowNoise(self.key, index, dtype=density.dtype, device=density.device).fork(done)
+            for start in range(0, density.num_rows, self.size):
+                rows = slice(start, min(start + self.size, density.num_rows))
+                share = len(latents[rows]) / self.num_simulations
                 problem = Problem(
                     density=density.rows(rows),
-                    guide=None if guide is None else guide.rows(rows),
+                    guide=None if made.guide is None else made.guide.rows(rows),
                     noise=noise.rows(rows),
                     advance=partial(_scaled, advance, share),
                 )
                 yield problem, latents[rows]
             done += density.num_rows
-
-    def _batches(self, num_simulations: int) -> list[tuple[Args, Kwargs]]:
-        """Return templates: one of as many rows as are simulated, or each simulation's own where the whole model is one row."""
-        if self.structure.data_plate is None:
-            return [(self.args, self.kwargs)] * num_simulations
-        rows = batch_rows(self.args, self.kwargs)
-        if not rows:
-            raise SettingError(
-                "num_simulations recycles the rows of a template, and there are none: give a batch with one."
-            )
-        return [take_rows(self.args, self.kwargs, torch.arange(num_simulations) % rows)]
-
-    def _simulate(self, args: Args, kwargs: Kwargs) -> tuple[LogDensity, Float[Tensor, "rows latent"]]:
-        """Draw a batch from the model and read the density of its latents."""
-        plate = self.structure.data_plate
-        structure = read_structure(self.model, args, kwargs, data_plate=plate)
-        values = simulate_rows(self.model, structure, args, kwargs, given=self._given)
-        args, kwargs = write_observations(self.model, args, kwargs, values, structure=structure, to_batch=self.to_batch)
-        density = LogDensity(self.model, *args, data_plate=plate, given=self._given, **kwargs)
-        latents = {site.name: values[site.name] for site in structure.select("latent") if site.name not in self._given}
-        if plate is None:
-            latents = {name: value[None] for name, value in latents.items()}
-        return density, density.unconstrain(latents)
 
 
 def _scaled(advance: Callable[[float], None], share: float, fraction: float) -> None:
