@@ -11,8 +11,9 @@ __all__ = ["main"]
 DESCRIPTION = "Auto-Encoding Variational Bayes for Pyro models. See 'python -m pyro_aevb demo --help'."
 DEMO = (
     "Trains the variational auto-encoder of Kingma & Welling (arXiv 1312.6114), a Pyro model and guide, on real digits; draws the "
-    "posterior of unseen digits and estimates their log p(x); trains a second model with two latents; and writes one page about "
-    "it, DIR/index.html, that needs nothing but itself. About one minute for digits and several for MNIST on two cores."
+    "posterior of unseen digits, holds it against Hamiltonian Monte Carlo and estimates their log p(x); trains a second model with "
+    "two latents; and writes one page about it, DIR/index.html, that needs nothing but itself. About one minute for digits and "
+    "several for MNIST on two cores."
 )
 
 

@@ -2,9 +2,11 @@
 
 import base64
 import html
+import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pyro
@@ -13,9 +15,10 @@ import torch
 
 import pyro_aevb
 from pyro_aevb import __main__ as command_line
-from pyro_aevb.demo import job, page, trial
+from pyro_aevb.demo import job, page, trial, trust
 from pyro_aevb.demo.vae import VAE
 from pyro_aevb.errors import FileError, SettingError
+from pyro_aevb.status import Status
 
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -43,12 +46,20 @@ class Reader(HTMLParser):
             self.headings.append(data)
 
 
+def make_small(patch):
+    """Take few draws and short chains, everywhere."""
+    patch.setattr(trial, "NUM_SAMPLES", 200)
+    patch.setattr(trust, "NUM_EXAMINED", 4)
+    patch.setattr(trust, "SAMPLING", {"num_samples": 60, "warmup_steps": 60, "num_leapfrog": 5})
+    patch.setattr(trust, "EVIDENCE", {"method": "importance", "num_samples": 500, "num_steps": 20, "num_draws": 500})
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "NUM_SAMPLES", 200)
+        make_small(patch)
         result = job.run(
             "digits", folder / "report", num_epochs=2, latent=3, pictures=folder / "pictures", progress=False
         )
@@ -88,6 +99,9 @@ def test_the_page_has_each_section(written):
         "Two latents: the manifold",
         "How likely is an unseen digit?",
         "By another method?",
+        "Beside HMC",
+        "Where the bound is lost",
+        "Which latents are used",
         "The numbers",
         "The machine",
     ]
@@ -107,6 +121,98 @@ def test_the_page_tells_how_far_two_methods_are_apart(demo, written):
     text = " ".join(written.text)
     assert f"lies {difference.mean():+.3f} nats from importance sampling" in text
     assert f"between {difference.min():+.3f} and {difference.max():+.3f}" in text
+
+
+def test_the_page_holds_the_guide_against_chains(demo, written):
+    comparison, text = demo.trust.comparison, " ".join(written.text)
+    assert len(comparison) == 4
+    sound = ~comparison.reference.is_flagged
+    assert sound.any()
+    moments = comparison.sites["z"].moments
+    error = moments.mean_error[sound].square().mean().sqrt().item()
+    for number in (
+        f"off by {error:.2f} posterior standard deviations",
+        f"{error:.3f}",
+        f"{moments.sd_ratio[sound].log().mean().exp().item():.3f}",
+        f"{comparison.sites['z'].wasserstein.value[sound].mean().item():.3f}",
+        f"{comparison.k_hat[sound].median().item():.2f}",
+        f"16 chains of 60 draws for each of the first {len(comparison)} test digits",
+        f"in {comparison.reference_seconds:.1f} s",
+        f"{comparison.guide_seconds:.3f} s, once it was trained",
+        f"at most {comparison.reference.r_hat.max().item():.2f}",
+    ):
+        assert number in text
+
+
+def test_the_page_shows_the_ledger(demo, written):
+    gap, text = demo.trust.gap, " ".join(written.text)
+    sound = ~gap.is_flagged
+    assert sound.any()
+    means = [entry[sound].mean().item() for entry in (gap.inference_gap, gap.approximation_gap, gap.amortization_gap)]
+    assert means[0] == pytest.approx(sum(means[1:]))
+    assert "Of {:.2f} nats that the bound lacks on these digits, {:.2f} are lost".format(*means) in text
+    for entry in (gap.log_marginal.value, gap.approximation_gap, gap.best_bound, gap.amortization_gap, gap.bound):
+        assert trial.nats(entry[sound].mean().item()) in written.text
+
+
+def test_the_page_shows_which_latents_are_used(demo, written):
+    many = demo.trials[0]
+    assert sorted(many.reports) == [1, 2]
+    last, text = many.reports[2], " ".join(written.text)
+    assert f"{last.num_active} of 3 latents are used" in text
+    assert f"{last.mutual_information:.2f} nats (mutual information) of which of 297 test digits" in text
+    for unit, kl in zip(last.units, last.kl.tolist(), strict=True):
+        place = written.text.index(unit)
+        assert written.text[place + 1] == trial.nats(kl)
+    assert [many.fit.history[1][name] for name in ("active_units", "kl")] == [last.num_active, last.total_kl]
+
+
+def test_sections_say_so_where_every_row_is_unreliable(demo):
+    found, count = demo.trust, len(demo.trust.comparison)
+    status = (Status.UNRELIABLE,) * count
+    reference = replace(found.comparison.reference, status=status)
+    bad = replace(
+        found, comparison=replace(found.comparison, reference=reference), gap=replace(found.gap, status=status)
+    )
+    figures = trust.draw_trust(demo.trials[0], bad)
+    assert set(figures) == {"comparison", "collapse"}
+    text = str(trust.trust_sections(demo.trials[0], bad, dict.fromkeys(figures, "")))
+    assert f"the chains of all {count} digits are unreliable" in text
+    assert f"the ledgers of all {count} digits are unreliable" in text
+    assert "nan" not in text
+
+
+def test_an_accuracy_that_is_not_known_is_not_told(demo):
+    site = demo.trust.comparison.sites["z"]
+    unknown = replace(site, c2st=torch.full_like(site.c2st, math.nan), c2st_se=torch.full_like(site.c2st, math.nan))
+    found = replace(demo.trust, comparison=replace(demo.trust.comparison, sites={"z": unknown}))
+    _, blocks = trust.trust_sections(demo.trials[0], found, dict.fromkeys(trust.TRUST_CAPTIONS, ""))[0]
+    assert "too few effective draws for a classifier" in "".join(blocks)
+    assert "nan" not in "".join(blocks)
+
+
+@pytest.mark.parametrize(
+    ("family", "encoder", "advice"),
+    [
+        ((0.3, 0.3, 0.3, 0.3), (0.1, 0.1, 0.1, 0.1), "A richer family"),
+        ((0.1, 0.1, 0.1, 0.1), (0.3, 0.3, 0.3, 0.3), "Longer training or a wider encoder"),
+        (
+            (0.3, 0.3, 0.3, 0.3),
+            (0.1, 0.1, 4.0, 0.1),
+            "But on 3 of 4 digits the family loses more: the encoder fails on a few, digit 2",
+        ),
+    ],
+)
+def test_advice_follows_the_larger_gap_unless_few_digits_make_it(demo, family, encoder, advice):
+    old = demo.trust.gap
+    best = old.log_marginal.value - torch.tensor(family, dtype=torch.float64)
+    gap = replace(
+        old, best_bound=best, bound=best - torch.tensor(encoder, dtype=torch.float64), status=(Status.OK,) * 4
+    )
+    sections = trust.trust_sections(
+        demo.trials[0], replace(demo.trust, gap=gap), dict.fromkeys(trust.TRUST_CAPTIONS, "")
+    )
+    assert advice in sections[1][1][0]
 
 
 def test_the_page_says_what_a_grey_level_bound_is_not(written):
@@ -156,11 +262,16 @@ def test_nothing_unfinished_is_left_beside_the_page(demo):
 
 
 def test_one_seed_gives_one_result(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(trial, "NUM_SAMPLES", 200)
+    make_small(monkeypatch)
+    seeds = []
+    monkeypatch.setattr(job, "compare_estimators", lambda *_, seed, **__: seeds.append(seed) or demo.estimates)
+    monkeypatch.setattr(job, "examine", lambda *_, seed, **__: seeds.append(seed) or demo.trust)
     monkeypatch.setattr(job, "report", lambda *_: "")
     again = job.run("digits", tmp_path, num_epochs=2, latent=3, progress=False)
+    assert seeds == [0, 0]
     assert again.trials[0].elbo == demo.trials[0].elbo
     assert torch.equal(again.trials[1].evidence.value, demo.trials[1].evidence.value)
+    assert again.trials[0].reports[2].to_record() == demo.trials[0].reports[2].to_record()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from pyro_aevb.datasets import ImageData
 from pyro_aevb.demo import page
 from pyro_aevb.demo.report import report
 from pyro_aevb.demo.trial import PLANS, Plan, Trial, compare_estimators, try_model
+from pyro_aevb.demo.trust import draw_trust, examine
+from pyro_aevb.diagnostics.report import TrustReport
 from pyro_aevb.errors import FileError, SettingError
 from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.evidence_plots import plot_agreement, plot_forest, plot_k_hat
@@ -43,6 +45,7 @@ class DemoResult:
         page: The page's file.
         trials: The model with many latents and the one with two.
         estimates: log p(x) of a few digits under the first, by method.
+        trust: The first guide beside Hamiltonian Monte Carlo, and what its bound lacks.
         pictures: The page's figures by name.
         seconds: Wall-clock time of everything.
     """
@@ -50,6 +53,7 @@ class DemoResult:
     page: Path
     trials: tuple[Trial, Trial]
     estimates: dict[str, LogMarginal]
+    trust: TrustReport
     pictures: dict[str, "Figure"]
     seconds: float
 
@@ -90,12 +94,14 @@ def run(
         images = plan.load()
         many, two = (try_model(plan, images, size, seed=seed, progress=progress) for size in (plan.latent, 2))
         estimates = compare_estimators(many, images.test, seed=seed, progress=progress)
-        figures = _draw(images, many, two, seed) | _draw_estimates(many, estimates)
+        trust = examine(many, images.test, seed=seed, progress=progress)
+        figures = _draw(images, many, two, seed) | _draw_estimates(many, estimates) | draw_trust(many, trust)
         drawn = {name: page.png(figure) for name, figure in figures.items()}
         for name, content in drawn.items() if pictures is not None else ():
             page.write(folders[-1] / f"{name}.png", content)
-        result = DemoResult(folders[0] / "index.html", (many, two), estimates, figures, time.perf_counter() - start)
-        page.write(result.page, report(plan, images, result.trials, estimates, drawn, result.seconds))
+        seconds = time.perf_counter() - start
+        result = DemoResult(folders[0] / "index.html", (many, two), estimates, trust, figures, seconds)
+        page.write(result.page, report(plan, images, result.trials, estimates, trust, drawn, seconds))
     return result
 
 

@@ -13,7 +13,9 @@ import pyro_aevb
 from pyro_aevb.datasets import ImageData
 from pyro_aevb.demo import page
 from pyro_aevb.demo.trial import Plan, Trial, nats
+from pyro_aevb.demo.trust import TRUST_CAPTIONS, trust_sections
 from pyro_aevb.demo.vae import VAE
+from pyro_aevb.diagnostics.report import TrustReport
 from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.guides.base import AmortizedGuide
 
@@ -37,6 +39,7 @@ CAPTIONS = {
     "goes on to the posterior by Hamiltonian Monte Carlo. Both are lower bounds on log p(x) on average. Triangles: other bounds.",
     "agreement": "The same digits: how far annealing lies above importance sampling, with bars of one joint standard error. What "
     "lies above zero by more than its bar is what draws from the guide missed.",
+    **TRUST_CAPTIONS,
 }
 
 
@@ -45,6 +48,7 @@ def report(
     images: ImageData,
     trials: tuple[Trial, Trial],
     estimates: Mapping[str, LogMarginal],
+    trust: TrustReport,
     pictures: Mapping[str, bytes],
     seconds: float,
 ) -> str:
@@ -55,7 +59,8 @@ def report(
         images: The data.
         trials: The model with many latents and the one with two.
         estimates: log p(x) of a few digits under the first, by method.
-        pictures: PNGs, one for each of ``CAPTIONS``.
+        trust: The first guide beside Hamiltonian Monte Carlo, and what its bound lacks.
+        pictures: PNGs by the names of ``CAPTIONS``.
         seconds: Wall-clock time of everything.
     """
     many, two = trials
@@ -69,6 +74,7 @@ def report(
         ("Two latents: the manifold", [shown["manifold"], shown["embedding"]]),
         ("How likely is an unseen digit?", [shown["log_marginal"], page.paragraph(_verdict(many)), shown["k_hat"]]),
         ("By another method?", [shown["forest"], shown["agreement"], page.paragraph(_agreement(estimates))]),
+        *trust_sections(many, trust, shown),
         ("The numbers", [page.table(("first model", "two latents"), numbers), page.paragraph(READING)]),
         ("The machine", [page.table(("",), _machine(seconds))]),
     ]

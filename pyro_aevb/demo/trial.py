@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from pyro_aevb import AEVB, IWELBO, SGVB, FitResult, LogMarginal
 from pyro_aevb.datasets import ImageData, digits, mnist
 from pyro_aevb.demo.vae import VAE
-from pyro_aevb.errors import UnreliableWarning
+from pyro_aevb.diagnostics.collapse import CollapseMonitor
+from pyro_aevb.diagnostics.collapse_result import CollapseReport
+from pyro_aevb.errors import AEVBWarning, UnreliableWarning
 from pyro_aevb.randomness import seeded
 
 __all__ = ["PLANS", "Plan", "Trial", "compare_estimators", "nats", "try_model"]
@@ -23,6 +25,8 @@ NUM_IMPORTANCE_SAMPLES = 100
 """Draws per digit behind the evidence lower bound and the importance-weighted bound."""
 NUM_ANNEALED = 16
 """Digits that are weighed by annealing too, which costs a hundred times as much."""
+NUM_LOOKS = 20
+"""How often training is asked which latents are used."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Trial:
         elbo: Evidence lower bound of the weighed test digits.
         importance_weighted: Their importance-weighted bound.
         evidence: log p(x) of each of them.
+        reports: Which latents are used, by epoch, on test digits.
     """
 
     vae: VAE
@@ -76,13 +81,17 @@ class Trial:
     elbo: float
     importance_weighted: float
     evidence: LogMarginal
+    reports: Mapping[int, CollapseReport]
 
     def numbers(self) -> dict[str, str]:
         """Return every number of this trial with its name, as the page prints them."""
         summary, k_hat = self.evidence.summary(), self.evidence.k_hat
+        used = self.reports[max(self.reports)]
         unflagged = f"{nats(summary.unflagged_mean)} ± {summary.unflagged_monte_carlo_se:.3f}"
         return {
             "latents": f"{self.vae.latent}",
+            "latents in use": f"{used.num_active}",
+            "mutual information of latents and digit": f"{used.mutual_information:.2f}",
             "parameters": f"{sum(parameter.numel() for parameter in self.vi.module.parameters()):,}",
             "epochs": f"{len(self.fit.history)}",
             "time per step": f"{1e3 * self.fit.seconds_per_step:.2f} ms",
@@ -112,17 +121,22 @@ def try_model(plan: Plan, images: ImageData, latent: int, *, seed: int, progress
     with seeded(seed):
         vae = VAE(images.train.shape[1], latent, plan.hidden)
     vi = AEVB(vae.model)
-    fit = vi.fit(
-        images.train,
-        num_epochs=plan.num_epochs,
-        batch_size=100,
-        learning_rate=plan.learning_rate,
-        validation=images.test,
-        seed=seed,
-        progress=progress,
-    )
+    monitor = CollapseMonitor(images.test, every=max(1, plan.num_epochs // NUM_LOOKS))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*latent units are dead", AEVBWarning)  # the page names them
+        fit = vi.fit(
+            images.train,
+            num_epochs=plan.num_epochs,
+            batch_size=100,
+            learning_rate=plan.learning_rate,
+            validation=images.test,
+            seed=seed,
+            callbacks=[monitor],
+            progress=progress,
+        )
     if fit.stopped_by == "interrupt":
         raise KeyboardInterrupt
+    reports = monitor.reports | ({} if monitor.report is None else {plan.num_epochs: monitor.report})
     weighed = images.test[: plan.num_weighed]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableWarning)  # the page counts them
@@ -130,7 +144,7 @@ def try_model(plan: Plan, images: ImageData, latent: int, *, seed: int, progress
     with seeded(seed):
         elbo = _mean_bound(SGVB(NUM_IMPORTANCE_SAMPLES), vi, weighed)
         importance_weighted = _mean_bound(IWELBO(NUM_IMPORTANCE_SAMPLES), vi, weighed)
-    return Trial(vae, vi, fit, elbo, importance_weighted, evidence)
+    return Trial(vae, vi, fit, elbo, importance_weighted, evidence, reports)
 
 
 def compare_estimators(trial: Trial, unseen: Tensor, *, seed: int, progress: bool) -> dict[str, LogMarginal]:
