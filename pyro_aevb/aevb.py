@@ -50,7 +50,8 @@ class AEVB:
     Args:
         model: A Pyro model written for a batch: a function, an ``nn.Module``, a ``PyroModule`` or a method of one.
         guide: A guide with the model's arguments; by default :class:`~pyro_aevb.AutoAmortizedNormal`, which builds itself.
-        objective: What training maximizes, by default :class:`~pyro_aevb.SGVB`.
+        objective: What training maximizes, by default :class:`~pyro_aevb.SGVB`; :class:`~pyro_aevb.IWELBO`,
+            :class:`~pyro_aevb.WakeSleep`, :class:`~pyro_aevb.ReweightedWakeSleep` or a loss of Pyro's are others.
         data_plate: Name of the plate whose indices are rows; ``"auto"`` for the plate called "data", else the only outermost
             plate of the batch's rows; ``None`` for a model without rows.
         num_data: Rows of the whole data set; by default those that ``fit`` gets.

@@ -199,7 +199,7 @@ def test_an_accuracy_that_is_not_known_is_not_told(demo):
         (
             (0.3, 0.3, 0.3, 0.3),
             (0.1, 0.1, 4.0, 0.1),
-            "But on 3 of 4 digits the family loses more: the encoder fails on a few, digit 2",
+            "But on 3 of 4 digits the family loses more: the encoder fails on a few, row 2",
         ),
     ],
 )

@@ -125,7 +125,7 @@ def _how_far_apart(comparison: Comparison, error: float, accuracy: float) -> str
     )
     return (
         f"The guide is {verdict}: its means are off by {error:.2f} posterior standard deviations, and {told}. Furthest off is "
-        f"digit {furthest}, with a mean {worst:.2f} standard deviations away."
+        f"row {furthest}, with a mean {worst:.2f} standard deviations away."
     )
 
 
@@ -141,7 +141,8 @@ def _times(comparison: Comparison) -> str:
     return (
         f"The posterior is that of Hamiltonian Monte Carlo (HMC), which needs no guide and is exact if it runs long enough: "
         f"{chains.num_chains} chains of {chains.num_samples} draws for each of the first {len(comparison)} test digits, those that "
-        f"the pictures above show, in {comparison.reference_seconds:.1f} s. The guide gave {len(guide):,} draws of each in "
+        f"the pictures above show (rows 0 to {len(comparison) - 1}), in "
+        f"{comparison.reference_seconds:.1f} s. The guide gave {len(guide):,} draws of each in "
         f"{comparison.guide_seconds:.3f} s, once it was trained. {doubt} R-hat, 1 where chains agree: at most "
         f"{chains.r_hat.max().item():.2f}; effective draws: at least {chains.ess.min().item():.0f} a digit."
     )
@@ -181,7 +182,7 @@ def _where_lost(gap: InferenceGap, mean: Mapping[str, float]) -> str:
         advice = "A richer family, such as AutoAmortizedMultivariateNormal or AutoAmortizedFlow, would help most."
     elif 2 * num_family > num_sound:
         advice = (
-            f"But on {num_family} of {num_sound} digits the family loses more: the encoder fails on a few, digit "
+            f"But on {num_family} of {num_sound} digits the family loses more: the encoder fails on a few, row "
             f"{gap.worst_rows(1)[0]} above all, and guide.refine(x) mends those."
         )
     else:

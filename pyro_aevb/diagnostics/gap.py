@@ -8,7 +8,7 @@ with :math:`q^*_n` the best that row n's own parameters reach within the family 
 
 import html
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,14 +19,14 @@ from torch import Tensor
 from pyro_aevb._types import PerRow, PyroProgram
 from pyro_aevb.diagnostics.row_bounds import Proposal, RowBounds, Search, draw_bounds, fit_normals
 from pyro_aevb.errors import SettingError, UnreliableWarning, warn_user
-from pyro_aevb.evidence.marginal import make_estimator
+from pyro_aevb.evidence.marginal import find_method, make_estimator
 from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.evidence.running import EstimatorRun
 from pyro_aevb.evidence.summary import DIRECTION, Bound
 from pyro_aevb.guides.refinement import RefinableGuide
 from pyro_aevb.program.proposal import GuideDensity
 from pyro_aevb.program.rows import inferring
-from pyro_aevb.program.settings import check_count
+from pyro_aevb.program.settings import NOTE, check_count, check_settings
 from pyro_aevb.status import Status, judge
 
 if TYPE_CHECKING:
@@ -289,6 +289,8 @@ def inference_gap(
         name: item for name, item in settings.items() if isinstance(item, (Tensor, np.ndarray))
     }
     own = {name: item for name, item in settings.items() if name not in covariates}
+    estimator_settings = [setting.name for setting in fields(find_method(method))]
+    check_settings(own, inference_gap, NOTE, also=("preset", "num_samples", *estimator_settings))
     estimator = make_estimator(method, own.pop("preset", None), own.pop("num_samples", None), own)
     search = Search(num_steps, learning_rate, num_particles, chunk_size, progress)
     with inferring(seed, model, guide):

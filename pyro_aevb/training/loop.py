@@ -103,7 +103,8 @@ def fit(
     Args:
         model: The model.
         guide: The guide; Pyro's AutoGuides are guides too.
-        objective: :class:`~pyro_aevb.SGVB`, :class:`~pyro_aevb.IWELBO`, or a loss of Pyro's that has ``differentiable_loss``.
+        objective: :class:`~pyro_aevb.SGVB`, :class:`~pyro_aevb.IWELBO`, :class:`~pyro_aevb.WakeSleep`,
+            :class:`~pyro_aevb.ReweightedWakeSleep`, or a loss of Pyro's that has ``differentiable_loss``.
         data: A tensor, a tuple, list or mapping of tensors (or numpy arrays) with rows on axis 0, a Dataset or a DataLoader.
         num_data: Rows of the whole data set; by default those of ``data``.
         data_plate: Name of the plate whose indices are rows, ``"auto"`` or ``None`` (no rows: every step gets all data).
@@ -206,8 +207,9 @@ def fit_module(
 def _check_objective(objective: ELBO) -> None:
     if not isinstance(objective, ELBO) or not hasattr(objective, "differentiable_loss"):
         raise SettingError(
-            f"The objective {type(objective).__name__} has no differentiable_loss. Use SGVB or IWELBO of this package (IWELBO is "
-            f"the per-row bound that RenyiELBO means to be), or a loss of Pyro's such as Trace_ELBO."
+            f"The objective {type(objective).__name__} has no differentiable_loss. Use SGVB, IWELBO, WakeSleep or "
+            f"ReweightedWakeSleep of this package (IWELBO is the per-row bound that RenyiELBO means to be), or a loss of Pyro's "
+            f"such as Trace_ELBO."
         )
 
 

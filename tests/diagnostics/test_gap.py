@@ -285,6 +285,9 @@ def test_no_picture_without_sound_rows():
         ({"chunk_size": 0}, "chunk_size"),
         ({"method": "exact"}, "Unknown method 'exact'"),
         ({"num_chain": 3}, "Did you mean 'num_chains'"),
+        ({"num_step": 3}, "Did you mean 'num_steps'"),
+        ({"particles": 3}, "Did you mean 'num_particles'.*Known are method, num_draws"),
+        ({"num_sample": 3}, "Did you mean 'num_samples'"),
     ],
 )
 def test_settings_out_of_range(settings, message):
