@@ -160,7 +160,10 @@ def test_the_page_shows_which_latents_are_used(demo, written):
     assert sorted(many.reports) == [1, 2]
     last, text = many.reports[2], " ".join(written.text)
     assert f"{last.num_active} of 3 latents are used" in text
-    assert f"{last.mutual_information:.2f} nats (mutual information) of which of 297 test digits" in text
+    assert (
+        f"{last.mutual_information:.2f} ± {last.mutual_information_error:.2f} nats (mutual information) of which of 297 test digits"
+        in text
+    )
     for unit, kl in zip(last.units, last.kl.tolist(), strict=True):
         place = written.text.index(unit)
         assert written.text[place + 1] == trial.nats(kl)

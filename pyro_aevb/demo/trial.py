@@ -91,7 +91,8 @@ class Trial:
         return {
             "latents": f"{self.vae.latent}",
             "latents in use": f"{used.num_active}",
-            "mutual information of latents and digit": f"{used.mutual_information:.2f}",
+            "mutual information of latents and digit": f"{used.mutual_information:.2f} ± "
+            f"{used.mutual_information_error:.2f}",
             "parameters": f"{sum(parameter.numel() for parameter in self.vi.module.parameters()):,}",
             "epochs": f"{len(self.fit.history)}",
             "time per step": f"{1e3 * self.fit.seconds_per_step:.2f} ms",
