@@ -22,7 +22,7 @@ def outputs(notebook):
 
 
 def test_there_are_tutorials():
-    assert {path.stem for path in TUTORIALS} >= {"01_vae", "02_any_model", "03_missing_data", "04_evidence"}
+    assert {path.stem for path in TUTORIALS} >= {"01_vae", "02_any_model", "03_missing_data", "04_evidence", "05_trust"}
 
 
 def executed(name, tmp_path):
@@ -123,6 +123,55 @@ def check_evidence(text):
     assert gaps[300][0] < 0.5
 
 
+def ledger_after(text, label):
+    """A guide's line of the ledgers: approximation gap, amortization gap, their sum, KL both ways, mean error."""
+    approximation, amortization, total, divergence, error = numbers_after(text, label)
+    assert total == pytest.approx(approximation + amortization, abs=0.0015)
+    return approximation, amortization, divergence, error
+
+
+def check_trust(text):
+    """Guides and chains of eight schools against quadrature, remedies against the ledger, calibration against what was broken.
+
+    Quadrature's numbers are those of a grid in Stan's parametrization: log p(y) -31.3113, tau 3.598 and 3.220, mu 4.397 and
+    3.318. Tolerances of fits are twice what several seeds gave; of means of 2,000 correlated draws, 4 standard errors.
+    """
+    assert numbers_after(text, "quadrature: log p(y)")[0] == pytest.approx(-31.3113, abs=1e-3)
+    exact = numbers_after(text, "quadrature  ")
+    assert exact == pytest.approx([4.40, 3.32, 3.60, 3.22], abs=0.006)
+    assert numbers_after(text, "NUTS, non-centred: mu") == pytest.approx(exact[:2], abs=0.4)
+    assert numbers_after(text, "NUTS, non-centred: tau") == pytest.approx(exact[2:], abs=0.7)
+    assert "rows 1 ok, 0 warn, 0 unreliable" in text.split("HMC, centred")[0]
+    assert "rows 0 ok, 0 warn, 1 unreliable" in text.split("HMC, centred")[1]
+    centred, rewritten, normal, flow = (
+        numbers_after(text, name)
+        for name in ("mean field, centred", "mean field, non-centred", "automatic, normal", "automatic, flow")
+    )
+    assert flow[:4] == pytest.approx(exact, abs=0.35)
+    assert centred[4] > 2.0 > 0.5 > rewritten[4] > normal[4] > flow[4] > -0.02  # nats; 20,000 draws of the bound
+    assert rewritten[3] < 0.85 * exact[3] < exact[3] < normal[3]  # too narrow, and a tail too heavy
+    linear, wider, full, refined = (
+        ledger_after(text, name) for name in ("linear encoder  ", "wider encoder  ", "full covariance", "refined")
+    )
+    assert linear[1] > linear[0]
+    assert wider[1] < 0.6 * linear[1]
+    assert wider[0] == pytest.approx(
+        linear[0], abs=0.015
+    )  # the same family: 4 standard errors of a mean of 2,000 draws
+    assert full[0] < 0.6 * wider[0]
+    assert full[1] > wider[1]
+    assert abs(refined[1]) < 0.05
+    assert linear[2] > wider[2] > full[2] > refined[2]
+    fails = {name: re.findall(rf"^{name} .*?(\d+)$", text, re.MULTILINE)[0] for name in ("exact formula", "the prior")}
+    assert fails == {"exact formula": "0", "the prior": "1"}
+    assert re.search(r"^automatic guide .* 0$", text, re.MULTILINE)
+    assert re.search(r"^sd times 0.7 .* 4$", text, re.MULTILINE)
+    active, twelve = (int(re.search(rf"{latents} latents: (\d+) active", text)[1]) for latents in (20, 12))
+    assert active < 18
+    assert twelve >= 9
+    assert re.search(r"^edges.* 1 +\S+ +\S+ +1$", text, re.MULTILINE)
+
+
 def require_mnist():
     """Skip a tutorial of MNIST where it would have to be downloaded."""
     places = (os.environ.get("PYRO_AEVB_DATA", ""), pooch.os_cache("pyro_aevb"))
@@ -146,6 +195,21 @@ def test_04_evidence_runs(epochs, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("epochs", [2, None], ids=["two epochs", "as it is kept"])
+@pytest.mark.slow
+def test_05_trust_runs(epochs, monkeypatch, tmp_path):
+    if epochs:
+        monkeypatch.setenv("PYRO_AEVB_TUTORIAL_EPOCHS", str(epochs))
+    notebook = executed("05_trust.ipynb", tmp_path)
+    text = told(notebook)
+    if epochs is None:
+        check_trust(text)
+    else:
+        assert numbers_after(text, "quadrature: log p(y)")[0] == pytest.approx(-31.3113, abs=1e-3)
+    assert not [output for output in outputs(notebook) if output.get("name") == "stderr"]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "check"), [("02_any_model", check_any_model), ("03_missing_data", check_missing_data)]
@@ -159,7 +223,12 @@ def test_a_tutorial_without_encoders_runs_and_its_numbers_are_right(name, check,
 
 @pytest.mark.parametrize(
     ("name", "check"),
-    [("02_any_model", check_any_model), ("03_missing_data", check_missing_data), ("04_evidence", check_evidence)],
+    [
+        ("02_any_model", check_any_model),
+        ("03_missing_data", check_missing_data),
+        ("04_evidence", check_evidence),
+        ("05_trust", check_trust),
+    ],
 )
 def test_the_kept_numbers_are_right(name, check):
     check(told(read(ROOT / "tutorials" / f"{name}.ipynb")))
