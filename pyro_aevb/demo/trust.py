@@ -208,7 +208,8 @@ def _units(report: CollapseReport, shown: str) -> list[str]:
         page.paragraph(
             f"{report.num_active} of {len(report.units)} latents are used.{unused} All together tell "
             f"{report.mutual_information:.2f} ± {report.mutual_information_error:.2f} nats (mutual information) of which of "
-            f"{report.num_rows} test digits they belong to, out of {nats(report.total_kl)} nats of KL term that the bound pays for them."
+            f"{report.num_rows} test digits they belong to, out of "
+            f"{nats(report.total_kl)} nats of KL term that the bound pays for them."
         ),
         page.table(("KL, nats", "variance of its mean over digits", "used"), lines),
         page.paragraph(
