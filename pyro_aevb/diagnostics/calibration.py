@@ -146,7 +146,8 @@ class Calibration:
         """Say what the table says, what it leaves out and what it does not claim."""
         failed = self.failures()
         verdict = f"{len(failed)} of {len(self.quantities)} quantities fail at 0.05 shared among them"
-        notes = [verdict + (f": {', '.join(failed[-5:])}" if failed else "; failing to fail is no proof")]
+        before = "..., " if len(failed) > _SHOWN else ""
+        notes = [verdict + (f": {before}{', '.join(failed[-_SHOWN:])}" if failed else "; failing to fail is no proof")]
         if len(self.coordinates) > _SHOWN:
             notes.append(f"shown are the {_SHOWN} least of {len(self.coordinates)} coordinates")
         notes.append(repr(self.tarp))

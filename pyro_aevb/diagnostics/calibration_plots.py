@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_calibration"]
 
-_NAMED = 6
-"""Coordinates that are told apart, the worst ones of those outside the band."""
+_COLORS = tuple(MUTED[place] for place in (5, 8, 7, 6, 4, 3))
+"""Of the coordinates that are told apart, the worst ones of those outside the band; the pale ones last."""
 
 
 def plot_calibration(result: Calibration, *, level: float = 0.95, title: str | None = None) -> "Figure":
@@ -74,11 +74,15 @@ def _styles(result: Calibration, band: tuple[Floats, Floats]) -> dict[str, dict[
     for name in sorted(result.coordinates, key=result.p_values.__getitem__):
         ecdf = result.test.ecdf(result.ranks[:, result.quantities.index(name)])
         is_outside = bool(((ecdf < band[0]) | (ecdf > band[1])).any())
-        if is_outside and named < _NAMED:
-            styles[name] = {"color": MUTED[3 + named], "linewidth": 1.0, "label": name}
+        if is_outside and named < len(_COLORS):
+            styles[name] = {"color": _COLORS[named], "linewidth": 1.0, "label": name}
             named += 1
         else:
             styles[name] = {"color": "#999999", "linewidth": 0.8}
+    grey = [name for name in result.coordinates if "label" not in styles[name]]
+    if grey:  # one entry of the legend for all of them
+        rest = "other coordinates" if named else "coordinates"
+        styles[grey[0]]["label"] = grey[0] if len(grey) == 1 else rest
     for name, color, line in zip(TEST_QUANTITIES, (VERMILLION, BLUE, MUTED[2]), ("-", "--", "-"), strict=True):
         styles[name] = {"color": color, "linewidth": 1.8, "linestyle": line, "label": name}
     return styles

@@ -41,7 +41,8 @@ def plot_comparison(comparison: Comparison, *, max_rows: int = 100, title: str |
         _draw_site(axes, comparison, rows, worst, _COLORS[place % len(_COLORS)], name)
     _draw_row_numbers(axes[4], axes[5], comparison, rows)
     sound = ~comparison.reference.is_flagged
-    left_out = f"; {comparison.num_flagged} rows with unreliable chains left out" if comparison.num_flagged else ""
+    flagged = comparison.num_flagged
+    left_out = f"; {flagged} row{'s' * (flagged > 1)} with unreliable chains left out" if flagged else ""
     heading = f"Guide beside posterior: KL both ways {number(comparison.divergence[sound].mean().item())} nats a row{left_out}"
     labels = ("mean error (sd)", "sd ratio", "Wasserstein (sd)", "C2ST", "KL both ways (nats)", "k-hat")
     for ax, label in zip(axes, labels, strict=True):

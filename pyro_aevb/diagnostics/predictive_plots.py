@@ -64,6 +64,7 @@ def _draw_number(ax: "Axes", entry: StatisticCheck) -> None:
     ax.hist(posterior.numpy(), edges, weights=_equal(posterior), color=BLUE, alpha=0.7, label="posterior")
     ax.hist(prior.numpy(), edges, weights=_equal(prior), histtype="step", color=GREY, label="prior")
     ax.axvline(entry.observed.item(), color=VERMILLION, linewidth=2, label="data")
+    ax.locator_params(axis="x", nbins=4)  # numbers such as 0.2975 run into each other otherwise
     name_axes(ax, entry.name, "", f"p = {entry.p_value.item():.3f} ± {entry.p_error.item():.3f}")
     ax.legend(frameon=False, fontsize=8)
 

@@ -33,7 +33,7 @@ def test_every_quantity_has_its_curve_and_the_worst_coordinates_a_name(result):
     named = curves(upper)
     assert set(TEST_QUANTITIES) < set(named)
     coordinates = sorted(result.coordinates, key=result.p_values.__getitem__)
-    assert set(named) - set(TEST_QUANTITIES) == set(coordinates[:6])
+    assert set(named) - set(TEST_QUANTITIES) == {*coordinates[:6], "other coordinates"}
     assert "z[9]" not in named
     ecdf = [(result.ranks[:, 1] < rank).double().mean().item() for rank in range(1, 51)]
     assert np.allclose(named["z[1]"].get_xdata()[1:-1], np.arange(1, 51) / 51)
@@ -42,6 +42,14 @@ def test_every_quantity_has_its_curve_and_the_worst_coordinates_a_name(result):
     assert upper.get_title(loc="left") == "9 of 13 quantities fail, 400 simulations"
     (line,) = [line for line in lower.lines if len(line.get_xdata()) == 52]
     assert np.allclose(line.get_ydata()[1:-1], result.tarp.coverage - result.tarp.levels)
+
+
+@pytest.mark.parametrize(("num_coordinates", "name"), [(1, "z[0]"), (3, "coordinates")])
+def test_coordinates_inside_of_the_band_are_in_the_legend(num_coordinates, name):
+    ranks = (torch.arange(400)[:, None] + torch.arange(3 + num_coordinates)) % 51  # uniform but for a remainder
+    names = (*(f"z[{place}]" for place in range(num_coordinates)), *TEST_QUANTITIES)
+    figure = plot_calibration(Calibration(names, ranks, 50, TarpCoverage(torch.arange(400) % 51, 50)))
+    assert set(curves(figure.axes[0])) == {name, *TEST_QUANTITIES}
 
 
 def test_the_band_is_the_tests(result):

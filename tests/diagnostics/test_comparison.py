@@ -155,6 +155,7 @@ def test_flagged_rows_are_counted_and_left_out_of_means(exact: tuple[LinearGauss
     assert still.summary().loc["z", "mean_error"] == pytest.approx(expected, rel=1e-10)
     assert still.num_flagged == 1
     assert "1 with unreliable chains left out" in repr(still)
+    assert plot_comparison(still).axes[0].get_title(loc="left").endswith("; 1 row with unreliable chains left out")
     assert still.worst_rows(6)[-1] == 2
     table = found.to_pandas()
     assert len(table) == 6

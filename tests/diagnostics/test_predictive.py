@@ -1,6 +1,8 @@
 """Predictive checks: p-values against posterior and prior predictive distributions that are known."""
 
+import dataclasses
 import functools
+import itertools
 import math
 
 import arviz as az
@@ -352,6 +354,15 @@ class TestResult:
         assert f"{check.checks[0].p_value.item():.3f}" in first.get_title(loc="left")
         heights = sum(patch.get_height() for patch in figure.axes[1].patches)
         assert heights == 10  # a p-value for each row
+
+    def test_long_numbers_do_not_run_into_each_other(self):
+        draws = torch.linspace(0.2872, 0.2997, 100, dtype=torch.float64)
+        entry = StatisticCheck("x", "black", draws[40], draws, draws)
+        figure = plot_check(dataclasses.replace(self.check(), checks=(entry,) * 3))
+        figure.draw_without_rendering()
+        ticks = [label.get_window_extent() for label in figure.axes[0].get_xticklabels() if label.get_text()]
+        assert len(ticks) >= 3
+        assert all(left.x1 + 10 < right.x0 for left, right in itertools.pairwise(ticks))  # a digit's width
 
 
 class TestBadInput:
