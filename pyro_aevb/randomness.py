@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import pyro
@@ -9,7 +10,9 @@ import torch
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
-__all__ = ["RandomState", "preserved_rng", "random_state", "replayed_rng", "seeded"]
+from pyro_aevb.errors import SettingError
+
+__all__ = ["RandomState", "check_seed", "preserved_rng", "random_state", "replayed_rng", "seeded"]
 
 
 class RandomState(NamedTuple):
@@ -48,6 +51,18 @@ def replayed_rng(state: RandomState) -> Iterator[None]:
         yield
 
 
+def check_seed(seed: Any) -> None:
+    """Refuse what is neither ``None`` nor an integer that every generator takes.
+
+    Raises:
+        SettingError: Naming what came.
+    """
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**32:
+        raise SettingError(f"seed must be an integer between 0 and 2**32 - 1, or None for no seed; got {seed!r}.")
+
+
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """Draw under ``seed`` and leave the generators as they were; ``None`` draws from them as they are.
@@ -58,6 +73,7 @@ def seeded(seed: int | None) -> Iterator[None]:
         >>> torch.equal(a, b)
         True
     """
+    check_seed(seed)
     if seed is None:
         yield
         return

@@ -57,11 +57,21 @@ def explained(what: str, args: Args, kwargs: Kwargs) -> Iterator[None]:
     except AEVBError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
+        tensors = {name: item for name, item in enumerate(args) if isinstance(item, Tensor)}
+        if any(item.dim() and not len(item) for item in tensors.values()):
+            raise DataError(
+                f"The batch has no rows: expected at least one, got ({describe_batch(args, kwargs)})."
+            ) from error
         text = str(error)
         hint = "check that the batch has the shapes that the program expects"
         if "dtype" in text or "expected scalar type" in text or "Float but" in text:
             hint = "convert the argument with .float() or to the dtype of the program's parameters"
-        nan = [name for name, item in enumerate(args) if isinstance(item, Tensor) and not item.isfinite().all()]
+        foreign = [
+            f"{name} is a {type(item).__name__}" for name, item in enumerate(args) if not isinstance(item, Tensor)
+        ]
+        if foreign:
+            hint = f"give tensors or numpy arrays as data (argument {foreign[0]}), and bind what is none with functools.partial"
+        nan = [name for name, item in tensors.items() if not item.isfinite().all()]
         if nan:
             message = f"The {what} failed on data with NaN or infinity in argument {nan[0]}: {text}. Remove or mask these entries."
             raise DataError(message) from error

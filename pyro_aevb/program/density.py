@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_aevb._types import PyroProgram, Values
-from pyro_aevb.errors import SettingError
+from pyro_aevb.errors import ModelError, SettingError
 from pyro_aevb.program.batch import as_tensors
 from pyro_aevb.program.model_rows import ModelRows
-from pyro_aevb.program.settings import check_count, check_covariates
+from pyro_aevb.program.settings import as_values, check_count, check_covariates
 from pyro_aevb.program.structure import Structure
 from pyro_aevb.randomness import seeded
 
@@ -128,7 +128,7 @@ class LogDensity:
         **covariates: Any,
     ) -> None:
         check_covariates(covariates, LogDensity.__init__)
-        self.source: Source = ModelRows.of(model, as_tensors(batch, covariates), data_plate, dict(given or {}))
+        self.source: Source = ModelRows.of(model, as_tensors(batch, covariates), data_plate, as_values(given))
 
     @classmethod
     def _of(cls, source: Source) -> "LogDensity":
@@ -205,6 +205,19 @@ class LogDensity:
         """A fixed number of rows that each run needs, else ``None``."""
         return self.source.chunk_rows
 
+    def require_latents(self) -> None:
+        """Refuse a model without latents of rows, which has no posterior of rows.
+
+        Raises:
+            ModelError: If there are none.
+        """
+        if not self.dim:
+            raise ModelError(
+                "The model has no latents of rows, so that there is no posterior of a row to draw from or to compare with: sample "
+                "some inside the data plate without obs=; where all latents lie outside it, take the model as one row, "
+                "data_plate=None."
+            )
+
     def __call__(self, u: Float[Tensor, "*leading rows latent"]) -> Density:
         """Evaluate prior and likelihood in one run."""
         return Density(*self.source.evaluate(u))
@@ -245,7 +258,7 @@ class LogDensity:
             ModelError: If a global is missing.
             SettingError: If a value is not the model's, or has a wrong shape.
         """
-        return self._of(self.source.with_given(dict(values)))
+        return self._of(self.source.with_given(as_values(values)))
 
 
 class _Functions(NamedTuple):

@@ -51,7 +51,7 @@ def write_observations(
     Raises:
         ModelError: If an observed value is no view of an argument, if two sites observe the same entries, or if a value has
             another shape than what the site observes.
-        SettingError: If ``to_batch`` does not return a pair of a tuple and a dictionary.
+        SettingError: If ``to_batch`` is no function, or does not return a pair of a tuple and a dictionary.
 
     Example:
         >>> def model(x):
@@ -63,6 +63,10 @@ def write_observations(
         tensor([0., 1.])
     """
     if to_batch is not None:
+        if not callable(to_batch):
+            raise SettingError(
+                f"to_batch must be a function of (values, args, kwargs) that returns the new (args, kwargs), got {to_batch!r}."
+            )
         return _checked(to_batch(values, args, kwargs))
     structure = structure or read_structure(model, args, kwargs)
     copies: dict[int, Tensor] = {}

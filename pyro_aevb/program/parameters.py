@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from pyro_aevb._types import PyroProgram
 from pyro_aevb.errors import AEVBWarning, ParameterError, warn_user
 from pyro_aevb.program.reach import code_names, find_modules, modules_below
+from pyro_aevb.program.settings import check_programs
 from pyro_aevb.randomness import preserved_rng
 
 __all__ = ["Program", "detaching", "evaluating", "preserved_buffers", "preserved_param_store", "preserved_state"]
@@ -238,6 +239,7 @@ class Program(nn.Module):
     guide: PyroProgram
 
     def __init__(self, model: PyroProgram, guide: PyroProgram) -> None:
+        check_programs(model, guide)
         super().__init__()
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "guide", guide)

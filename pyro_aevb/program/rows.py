@@ -1,5 +1,6 @@
 """Rows that are asked about: NaN found in its row, programs run in eval mode, chunk by chunk."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pyro_aevb.program.batch import batch_rows, explained, take_rows
 from pyro_aevb.program.importance import ImportanceProgram, find_non_finite
 from pyro_aevb.program.parameters import evaluating, preserved_param_store
 from pyro_aevb.program.particles import ParticleAxes, Records
+from pyro_aevb.program.settings import check_programs
 from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.randomness import seeded
 
@@ -31,6 +33,7 @@ def inferring(seed: int | None, *programs: PyroProgram) -> Iterator[None]:
 
     A ``PyroModule`` copies its tensors to the store as it runs, where another module of equal names would take them up.
     """
+    check_programs(*programs)
     with ExitStack() as stack:
         stack.enter_context(seeded(seed))
         stack.enter_context(torch.no_grad())
@@ -96,7 +99,10 @@ def _data_tensors(args: Args, kwargs: Kwargs) -> dict[int | str, Tensor]:
 def _non_finite_rows(args: Args, kwargs: Kwargs) -> Tensor:
     """Return the indices of rows that hold NaN or infinity in any floating tensor."""
     tensors = [item for item in _data_tensors(args, kwargs).values() if item.is_floating_point()]
-    bad = [(~torch.isfinite(item)).reshape(len(item), -1).any(1).nonzero()[:, 0].cpu() for item in tensors]
+    bad = [
+        (~torch.isfinite(item)).reshape(len(item), math.prod(item.shape[1:])).any(1).nonzero()[:, 0].cpu()
+        for item in tensors
+    ]
     return torch.cat(bad).unique() if bad else torch.empty(0, dtype=torch.long)
 
 

@@ -2,16 +2,28 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from pyro_aevb._types import Values
 from pyro_aevb.errors import SettingError
 
-__all__ = ["NOTE", "check_count", "check_covariates", "check_settings"]
+__all__ = [
+    "NOTE",
+    "as_values",
+    "check_count",
+    "check_covariates",
+    "check_positive",
+    "check_programs",
+    "check_settings",
+    "check_share",
+]
 
 
 NOTE = " The model's own keyword arguments are tensors or numpy arrays; bind constants with functools.partial."
@@ -51,5 +63,46 @@ def check_count(name: str, count: Any, *, is_optional: bool = False) -> None:
     """Refuse what is no integer of at least 1; ``None`` leaves the choice to the function where it is optional."""
     if count is None and is_optional:
         return
-    if not isinstance(count, Integral) or count < 1:
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
         raise SettingError(f"{name} must be an integer of at least 1, got {count!r}.")
+
+
+def check_share(name: str, value: Any) -> None:
+    """Refuse what is no number strictly between 0 and 1."""
+    if not _is_number(value) or not 0 < value < 1:
+        raise SettingError(f"{name} must lie between 0 and 1; got {value!r}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Refuse what is no finite number above 0."""
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise SettingError(f"{name} must be a positive number, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_programs(*programs: Any) -> None:
+    """Refuse what is no program of Pyro's: models and guides are called with the batch."""
+    for program in programs:
+        if not callable(program):
+            raise SettingError(
+                f"A model or guide must be a function, module or method that is called with the batch; got {program!r}."
+            )
+
+
+def as_values(given: Any) -> Values:
+    """Return values of sites as a dictionary, numpy arrays and numbers as tensors.
+
+    Raises:
+        SettingError: If they are no mapping from names to numbers.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise SettingError(f"given must be {{site: tensor}}, got {type(given).__name__}: {given!r}.")
+    try:
+        return {name: torch.as_tensor(value) for name, value in given.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingError(f"given must hold a tensor for each site: {error}.") from error

@@ -17,6 +17,7 @@ from pyro_aevb.program.observations import ToBatch, write_observations
 from pyro_aevb.program.particles import ParticleAxes, Records, as_draws, run_program
 from pyro_aevb.program.proposal import GuideDensity
 from pyro_aevb.program.rows import Rows
+from pyro_aevb.program.settings import as_values
 from pyro_aevb.program.simulation import simulate_rows
 from pyro_aevb.program.structure import Structure, read_structure
 
@@ -87,7 +88,7 @@ class Simulator:
                 f"by the batch, pyro.plate({plate!r}, len(x)), without subsample_size."
             )
         is_open = self.structure.has_globals and self.structure.data_plate is not None
-        self.given: Values = dict(given or {})
+        self.given: Values = as_values(given)
         if self.given and (leading := given_globals(self.structure, self.given).leading):
             raise SettingError(
                 f"Rows are simulated under one value of each global; the given ones have leading axes {list(leading)}. Give one "
@@ -121,6 +122,7 @@ class Simulator:
             self._model, args, kwargs, values, structure=structure, to_batch=self._to_batch
         )
         density = LogDensity(self._model, *args, data_plate=plate, given=self.given, **kwargs)
+        density.require_latents()
         guide = None if self._guide is None else GuideDensity(self._guide, density)
         latents = {site.name: values[site.name] for site in structure.select("latent") if site.name not in self.given}
         if plate is None:

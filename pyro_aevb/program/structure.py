@@ -216,7 +216,9 @@ def _read_nodes(model: PyroProgram, guide: PyroProgram | None, args: Args, kwarg
                 nodes = sample_sites(poutine.trace(model).get_trace(*args, **kwargs))
         except ModelError:
             if guide is not None:
-                _check_event_shapes(sample_sites(poutine.trace(model).get_trace(*args, **kwargs)), guide_nodes)
+                with explained("model", args, kwargs):
+                    own = sample_sites(poutine.trace(model).get_trace(*args, **kwargs))
+                _check_event_shapes(own, guide_nodes)
             raise
     return nodes, guide_nodes
 
