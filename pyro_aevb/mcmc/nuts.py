@@ -29,7 +29,7 @@ from pyro_aevb.program.model_rows import ModelRows
 from pyro_aevb.program.placing import Unmasked
 from pyro_aevb.program.row_model import evaluating_only
 from pyro_aevb.program.rows import inferring
-from pyro_aevb.program.settings import check_count, check_covariates
+from pyro_aevb.program.settings import check_count, check_covariates, check_share
 from pyro_aevb.status import Status, judge
 
 __all__ = ["nuts_posterior"]
@@ -143,8 +143,7 @@ class _Settings:
             raise SettingError(
                 f"num_chains must be even, since halves of the chains are compared; got {self.num_chains}."
             )
-        if not 0 < self.target_accept_prob < 1:
-            raise SettingError(f"target_accept_prob must lie between 0 and 1; got {self.target_accept_prob!r}.")
+        check_share("target_accept_prob", self.target_accept_prob)
 
     @property
     def transitions(self) -> int:
@@ -171,6 +170,7 @@ class _Rows:
         source = density.source
         if not isinstance(source, ModelRows):
             raise SettingError("Pyro's NUTS needs a Pyro model; this density is one of plain functions.")
+        density.require_latents()
         self.density, self.source, self.structure = density, source, source.structure
         if source.given.leading:
             raise SettingError(

@@ -28,7 +28,7 @@ from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.model_rows import ModelRows
 from pyro_aevb.program.proposal import GuideDensity
 from pyro_aevb.program.rows import CHUNK_DRAWS, inferring
-from pyro_aevb.program.settings import check_count, check_covariates
+from pyro_aevb.program.settings import check_count, check_covariates, check_share
 
 __all__ = ["hmc_posterior", "sample_rows"]
 
@@ -125,6 +125,7 @@ def hmc_posterior(
     check_covariates(covariates, hmc_posterior)
     with inferring(seed, model, *([] if guide is None else [guide])):
         density = LogDensity(model, *batch, data_plate=data_plate, given=given, **covariates)
+        density.require_latents()
         _check_one_value(density)
         proposal = None if guide is None else GuideDensity(guide, density)
         key = int(torch.randint(2**31, ())) if seed is None else seed
@@ -201,8 +202,7 @@ class _Settings:
                 "num_chains must be an even integer of at least 2: half of the chains start in each of two ways; got "
                 f"{self.num_chains!r}."
             )
-        if not 0 < self.target_accept_prob < 1:
-            raise SettingError(f"target_accept_prob must lie between 0 and 1; got {self.target_accept_prob!r}.")
+        check_share("target_accept_prob", self.target_accept_prob)
         for name in ("num_samples", "warmup_steps", "num_leapfrog"):
             check_count(name, getattr(self, name))
         if self.trajectory not in _TRAJECTORIES:

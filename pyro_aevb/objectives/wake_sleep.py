@@ -194,7 +194,7 @@ def _log_joint(terms: Terms) -> tuple[LocalWeights, GlobalWeights]:
 
 
 def _check(program: ImportanceProgram, objective: str) -> None:
-    """Refuse globals, and guides whose log density at a given point does not train them."""
+    """Refuse globals, models without latents, and guides whose log density at a given point does not train them."""
     names = [site.name for site in program.structure.select("latent", is_local=False)]
     if names:
         raise ModelError(
@@ -202,6 +202,8 @@ def _check(program: ImportanceProgram, objective: str) -> None:
             f"or IWELBO, or make them parameters (pyro.param).",
             site=names[0],
         )
+    if not program.names:
+        raise ModelError(f"{objective} trains a guide of latents, and the model has none. Sample some without obs=.")
     for name, site in program.guide_sites.items():
         if site.is_auxiliary or is_delta(site):
             what = "auxiliary" if site.is_auxiliary else "a point (Delta)"

@@ -28,7 +28,7 @@ from pyro_aevb.program.parameters import Program
 from pyro_aevb.program.particles import ParticleAxes, Records, run_program
 from pyro_aevb.program.placing import Placing
 from pyro_aevb.program.scaling import DataPlateScale
-from pyro_aevb.program.settings import check_count
+from pyro_aevb.program.settings import check_count, check_positive, check_share
 from pyro_aevb.program.structure import read_structure
 from pyro_aevb.randomness import seeded
 from pyro_aevb.training.data import Batch, as_source
@@ -145,8 +145,7 @@ class MonteCarloEM:
     ) -> None:
         check_count("num_leapfrog", num_leapfrog)
         check_count("num_weight_updates", num_weight_updates)
-        if not 0 < target_accept_prob < 1:
-            raise SettingError(f"target_accept_prob must lie between 0 and 1; got {target_accept_prob!r}.")
+        check_share("target_accept_prob", target_accept_prob)
         self.model = model
         self.num_leapfrog = num_leapfrog
         self.target_accept_prob = target_accept_prob
@@ -193,9 +192,7 @@ class MonteCarloEM:
         source = as_source(data, batch_size)
         whole = source.whole()
         if whole is None or source.batch_size is None:
-            raise DataError(
-                f"Monte Carlo EM keeps a chain for each row and needs all rows as tensors, got {type(data).__name__}."
-            )
+            raise DataError(f"Each row keeps a chain: give all rows as tensors, got {type(data).__name__}.")
         with seeded(seed):
             density = self._read(whole, source.batch_size)
             parameters = [parameter for parameter in self.program.parameters() if parameter.requires_grad]
@@ -225,6 +222,7 @@ class MonteCarloEM:
                     f"the plate by the batch: pyro.plate({structure.data_plate!r}, len(x))."
                 )
             density = LogDensity(self.model, *args, data_plate=structure.data_plate, **kwargs)
+            density.require_latents()
         if density.chunk_rows is not None and batch_size != density.num_rows:
             raise SettingError(
                 f"The model runs with all {density.num_rows} rows at once: give batch_size={density.num_rows}."
@@ -238,13 +236,19 @@ def _no_guide(*args: Any, **kwargs: Any) -> None:
 
 def _optimizer_maker(optimizer: OptimizerMaker | None, learning_rate: float | None) -> OptimizerMaker:
     """Return the given maker or that of Adagrad."""
-    if optimizer is not None and learning_rate is not None:
+    if optimizer is None:
+        rate = _ADAGRAD_RATE if learning_rate is None else learning_rate
+        check_positive("learning_rate", rate)
+        return lambda parameters: Adagrad(parameters, lr=rate)
+    if learning_rate is not None:
         raise SettingError(
             "learning_rate belongs to the default optimizer; give it to your own with functools.partial."
         )
-    if learning_rate is not None and not learning_rate > 0:
-        raise SettingError(f"learning_rate must be positive, got {learning_rate}.")
-    return optimizer or (lambda parameters: Adagrad(parameters, lr=learning_rate or _ADAGRAD_RATE))
+    if not callable(optimizer):
+        raise SettingError(
+            f"optimizer must be a callable of the parameters, such as torch.optim.Adam; got {optimizer!r}."
+        )
+    return optimizer
 
 
 class _Run:
@@ -313,11 +317,7 @@ class _Run:
         self.result.history.append(record)
 
     def _step(self, rows: Int[Tensor, " batch"]) -> tuple[float, float]:
-        """Move the chains of some rows, and update the parameters with where they are.
-
-        Returns:
-            log p(x, z) before the updates, in nats per row, and the mean acceptance.
-        """
+        """Move the chains of some rows, update the parameters, and return log p(x, z) before that, nats a row, and acceptance."""
         acceptance = self._expect(rows)
         args, kwargs = self.rows.data_of(rows)
         u = self.chains[:, rows.to(self.chains.device)][None]
