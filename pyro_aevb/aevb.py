@@ -382,6 +382,10 @@ class AEVB:
         """Call a public function, which passes on settings called ``also``, with this wrapper's own parts and parameters."""
         covariates = {name: item for name, item in settings.items() if isinstance(item, (Tensor, np.ndarray))}
         options = {name: item for name, item in settings.items() if name not in covariates}
+        if "data_plate" in options:
+            raise SettingError(
+                f"data_plate belongs to the whole wrapper: AEVB(model, guide, data_plate={options['data_plate']!r})."
+            )
         check_settings(options, function, also=also)
         rows = self._rows(batch, covariates)
         with self._running(rows):

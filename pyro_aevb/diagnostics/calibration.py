@@ -16,13 +16,14 @@ from pyro_aevb._types import PyroProgram, Values
 from pyro_aevb.diagnostics.ranks import RankTest, rank_among
 from pyro_aevb.diagnostics.tarp import TarpCoverage, scaled_distances
 from pyro_aevb.errors import NonFiniteError, SettingError
+from pyro_aevb.program.batch import as_tensors
 from pyro_aevb.program.blocks import BLOCK_DRAWS
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.model_rows import ModelRows
 from pyro_aevb.program.observations import ToBatch
 from pyro_aevb.program.proposal import GuideDensity
 from pyro_aevb.program.rows import inferring
-from pyro_aevb.program.settings import check_count, check_covariates
+from pyro_aevb.program.settings import check_count, check_covariates, check_share
 from pyro_aevb.program.simulated import SimulatedRows, Simulator
 
 if TYPE_CHECKING:
@@ -86,8 +87,7 @@ class Calibration:
         Raises:
             SettingError: If it is not between 0 and 1.
         """
-        if not 0 < level < 1:
-            raise SettingError(f"level must lie between 0 and 1; got {level!r}.")
+        check_share("level", level)
         return tuple(name for name, p in self.p_values.items() if p < level / len(self.quantities))
 
     def summary(self) -> "pandas.DataFrame":
@@ -231,6 +231,7 @@ def calibrate(
         check_count(name, count)
     check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, calibrate)
+    batch, covariates = as_tensors(batch, covariates)
     with inferring(seed, model, guide):
         key = int(torch.randint(2**62, ()))  # before anything else draws, so that it hangs on the seed alone
         simulator = Simulator(model, guide, (batch, covariates), data_plate=data_plate, given=given, to_batch=to_batch)

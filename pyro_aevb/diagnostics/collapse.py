@@ -23,9 +23,10 @@ from pyro_aevb.diagnostics.latent_units import SiteUnits, split_kl, to_units
 from pyro_aevb.diagnostics.mutual_information import RowDraws, information_terms, local_latents
 from pyro_aevb.errors import DataError, GuideError, ModelError, SettingError
 from pyro_aevb.program.agreement import is_delta
-from pyro_aevb.program.batch import batch_rows, take_rows
+from pyro_aevb.program.batch import as_tensors, batch_rows, take_rows
 from pyro_aevb.program.rows import Rows, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
+from pyro_aevb.randomness import check_seed
 from pyro_aevb.training.data import as_batch
 from pyro_aevb.training.loop import EpochEnd, FitResult
 
@@ -94,7 +95,7 @@ def collapse_report(
     """
     _check_settings(num_samples, max_rows, threshold)
     check_covariates(covariates, collapse_report)
-    args, kwargs = _thin(batch, covariates, max_rows)
+    args, kwargs = _thin(*as_tensors(batch, covariates), max_rows)
     with inferring(seed, model, guide):
         rows = Rows(model, guide, args, kwargs, data_plate)
         _check_rows(rows)
@@ -106,7 +107,7 @@ def _check_settings(num_samples: int, max_rows: int, threshold: float) -> None:
         check_count(name, count)
         if count < 2:
             raise SettingError(f"{name} must be at least 2, got {count}: a variance needs two.")
-    if not threshold >= 0:
+    if not isinstance(threshold, int | float) or not threshold >= 0:
         raise SettingError(f"threshold must be at least 0, got {threshold!r}.")
 
 
@@ -118,11 +119,15 @@ def _thin(args: Args, kwargs: Kwargs, max_rows: int) -> tuple[Args, Kwargs]:
     return take_rows(args, kwargs, torch.arange(max_rows) * count // max_rows)
 
 
+def _check_two(count: int | None) -> None:
+    if (count or 0) < 2:
+        raise DataError(f"A variance over rows needs at least two of them, got {count or 0}. Give more rows.")
+
+
 def _check_rows(rows: Rows) -> None:
     if rows.count is None:
         raise SettingError("Whether latents tell rows apart can't be asked with data_plate=None, which has no rows.")
-    if rows.count < 2:
-        raise DataError(f"A variance over rows needs two, got {rows.count}.")
+    _check_two(rows.count)
     if not local_latents(rows):
         raise ModelError("The model has no latents inside the data plate, so there is nothing that could collapse.")
     for name, site in rows.program.guide_sites.items():
@@ -241,7 +246,7 @@ class CollapseMonitor:
 
     Raises:
         SettingError: If a setting is out of range.
-        DataError: If the data are of another type.
+        DataError: If the data are of another type, or fewer than two rows.
 
     Example:
         >>> from pyro_aevb import AutoAmortizedNormal, SGVB, fit
@@ -271,7 +276,9 @@ class CollapseMonitor:
     ) -> None:
         check_count("every", every)
         _check_settings(num_samples, max_rows, threshold)
+        check_seed(seed)
         batch = as_batch(data)
+        _check_two(batch.rows)
         self.args, self.kwargs = _thin(batch.args, batch.kwargs, max_rows)
         self.every = every
         self.settings: dict[str, Any] = {

@@ -67,7 +67,8 @@ def compare_posteriors(
         **covariates: The batch's keyword arguments.
 
     Raises:
-        SettingError: If there is no model, a setting is out of range, or either set has fewer than 100 draws a row.
+        SettingError: If there is no model, a setting is out of range, the reference are no ``PosteriorDraws``, or either set has
+            fewer than 100 draws a row.
         DataError: If the reference draws are of other rows, sites or shapes, or their log joint density is not that of these rows.
         GuideError: If the guide does not fit the model, or its density is not known at given latents.
         ModelError: If a global is not given, or the model is not supported.
@@ -184,7 +185,12 @@ def _model_of(guide: PyroProgram) -> PyroProgram:
 
 
 def _check_draws(reference: PosteriorDraws, num_samples: int) -> None:
-    """Refuse too few draws."""
+    """Refuse what are no draws, and too few of them."""
+    if not isinstance(reference, PosteriorDraws):
+        raise SettingError(
+            f"reference must be draws as nuts_posterior or hmc_posterior return them, got {type(reference).__name__}. Call "
+            "compare_posteriors(guide, reference, *batch, model=model)."
+        )
     counts = {
         "the guide": (num_samples, f"num_samples={num_samples}"),
         "the reference": (

@@ -24,9 +24,10 @@ from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.evidence.running import EstimatorRun
 from pyro_aevb.evidence.summary import DIRECTION, Bound
 from pyro_aevb.guides.refinement import RefinableGuide
+from pyro_aevb.program.batch import as_tensors
 from pyro_aevb.program.proposal import GuideDensity
 from pyro_aevb.program.rows import inferring
-from pyro_aevb.program.settings import NOTE, check_count, check_settings
+from pyro_aevb.program.settings import NOTE, check_count, check_positive, check_settings
 from pyro_aevb.status import Status, judge
 
 if TYPE_CHECKING:
@@ -292,9 +293,11 @@ def inference_gap(
     estimator_settings = [setting.name for setting in fields(find_method(method))]
     check_settings(own, inference_gap, NOTE, also=("preset", "num_samples", *estimator_settings))
     estimator = make_estimator(method, own.pop("preset", None), own.pop("num_samples", None), own)
+    batch, covariates = as_tensors(batch, covariates)
     search = Search(num_steps, learning_rate, num_particles, chunk_size, progress)
     with inferring(seed, model, guide):
         run = EstimatorRun(model, guide, (batch, covariates), data_plate, 1)
+        run.density.require_latents()
         evidence = run.estimate(estimator, chunk_size, progress=progress)
         proposal = GuideDensity(guide, run.density)
         best: Proposal
@@ -322,9 +325,7 @@ def _check_search(num_draws: int, num_steps: int, learning_rate: float, num_part
     check_count("num_particles", num_particles)
     if num_draws < 2:
         raise SettingError(f"num_draws must be at least 2, or a bound has no standard error; got {num_draws}.")
-    is_number = isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool)
-    if not is_number or not 0 < learning_rate < math.inf:
-        raise SettingError(f"learning_rate must be a positive number, got {learning_rate!r}.")
+    check_positive("learning_rate", learning_rate)
 
 
 def _judge(evidence: LogMarginal, bounds: RowBounds) -> tuple[Status, ...]:

@@ -15,6 +15,7 @@ from pyro_aevb.errors import GuideError, ModelError, SettingError
 from pyro_aevb.objectives.base import Objective, check_choice
 from pyro_aevb.objectives.importance_weighted import IWELBO
 from pyro_aevb.objectives.sgvb import SGVB
+from pyro_aevb.program.batch import as_tensors, batch_rows
 from pyro_aevb.program.rows import inferring, located
 from pyro_aevb.program.settings import check_count, check_covariates
 from pyro_aevb.program.staging import ObjectiveModule
@@ -204,13 +205,10 @@ def gradient_report(
         >>> report.find("score", "guide").variance > 10 * report.find("A", "guide").variance
         True
     """
-    for name, count in (("num_samples", num_samples), ("num_reference", num_reference)):
-        check_count(name, count)
-        if count < 2:
-            raise SettingError(f"{name} must be at least 2, or there is no variance; got {count}.")
-    check_count("num_data", num_data, is_optional=True)
     check_choice("groups", groups, ("program", "module"))
     check_covariates(covariates, gradient_report)
+    batch, covariates = as_tensors(batch, covariates)
+    _check_counts(num_samples, num_reference, num_data, batch_rows(batch, covariates) or 0)
     estimators = _make_estimators(num_particles, num_importance_samples, data_plate)
     with inferring(seed, model, guide), located(batch, covariates):
         module = ObjectiveModule(model, guide, estimators["A"], num_data=num_data, data_plate=data_plate)
@@ -234,6 +232,19 @@ def gradient_report(
     )
     recommendation = _recommend(estimates, num_importance_samples)
     return GradientReport(estimates, skipped, recommendation, num_samples, num_importance_samples)
+
+
+def _check_counts(num_samples: int, num_reference: int, num_data: int | None, rows: int) -> None:
+    """Refuse too few gradients, and a data set of fewer rows than its batch."""
+    for name, count in (("num_samples", num_samples), ("num_reference", num_reference)):
+        check_count(name, count)
+        if count < 2:
+            raise SettingError(f"{name} must be at least 2, or there is no variance; got {count}.")
+    check_count("num_data", num_data, is_optional=True)
+    if num_data is not None and num_data < rows:
+        raise SettingError(
+            f"num_data is the number of rows of the whole data set, at least the batch's {rows}; got {num_data}."
+        )
 
 
 _OBJECTIVES = {"A": "ELBO", "B": "ELBO", "STL": "ELBO", "score": "ELBO", "IWAE": "IWAE", "DReG": "IWAE"}

@@ -16,6 +16,7 @@ from pyro_aevb._types import PyroProgram, Values
 from pyro_aevb.diagnostics.predictive_result import PredictiveCheck, StatisticCheck
 from pyro_aevb.diagnostics.summary_statistics import Statistic, default_statistics
 from pyro_aevb.errors import ModelError, SettingError
+from pyro_aevb.program.batch import as_tensors
 from pyro_aevb.program.particles import ParticleAxes, Records, SiteRecord, as_draws
 from pyro_aevb.program.rows import CHUNK_DRAWS, Rows, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
@@ -94,6 +95,7 @@ def predictive_check(
     check_count("num_samples", num_samples)
     check_count("num_kept", num_kept)
     check_covariates(covariates, predictive_check)
+    batch, covariates = as_tensors(batch, covariates)
     with inferring(seed, model, guide):
         replication = _Replication(Rows(model, guide, batch, covariates, data_plate))
         data = replication.observe()
@@ -128,6 +130,11 @@ def _choose_statistics(given: Mapping[str, Any] | None, data: Values, replicatio
     """Return the statistics of each site, with an error for what is no function and no site."""
     if given is None:
         return {name: default_statistics(replication.sites[name], value) for name, value in data.items()}
+    if not isinstance(given, Mapping):
+        raise SettingError(
+            f"statistics must be {{name: function}} or {{site: {{name: function}}}}, got {type(given).__name__}. Write "
+            "{'mean': lambda x: x.mean()}."
+        )
     if not given:
         raise SettingError("statistics is empty; give {name: function}, or leave it out for a default.")
     by_site = given if all(isinstance(item, Mapping) for item in given.values()) else dict.fromkeys(data, given)
@@ -150,7 +157,7 @@ def _apply(statistics: Mapping[str, Statistic], data: Tensor, site: str) -> dict
     for name, function in statistics.items():
         try:
             parts = [torch.as_tensor(function(item)).double().cpu() for item in data]
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise SettingError(
                 f"The statistic {name!r} failed on data of site {site!r} of shape {list(data.shape[1:])}: {error}. It takes the "
                 f"site's data and returns a number or a tensor of numbers.",

@@ -16,15 +16,16 @@ from pyro_aevb.errors import SettingError
 from pyro_aevb.evidence.running import draw_globals
 from pyro_aevb.mcmc.nuts import nuts_posterior
 from pyro_aevb.mcmc.posterior import hmc_posterior
+from pyro_aevb.program.batch import as_tensors
 from pyro_aevb.program.rows import Rows, inferring
-from pyro_aevb.program.settings import check_count, check_covariates, check_settings
+from pyro_aevb.program.settings import as_values, check_count, check_covariates, check_settings
 
 __all__ = ["TrustReport", "trust_report"]
 
 SAMPLERS = {"hmc": hmc_posterior, "nuts": nuts_posterior}
 """Whose draws a guide can be held against."""
 _OWN = ("given", "guide", "data_plate", "seed", "progress")
-"""Settings of the samplers that the report sets itself."""
+"""Settings of its parts that the report sets itself."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -118,9 +119,11 @@ def trust_report(
     check_count("num_samples", num_samples)
     if num_simulations:
         check_count("num_simulations", num_simulations)
-    sampler, settings = _sampler(against, dict(sampling or {}))
+    sampler, settings = _sampler(against, _own_settings("sampling", sampling))
+    gap_settings = _own_settings("evidence", evidence)
+    batch, covariates = as_tensors(batch, covariates)
     shared: dict[str, Any] = {"data_plate": data_plate, "seed": seed, "progress": progress, **covariates}
-    globals_ = dict(given or {}) or _draw_globals(model, guide, batch, covariates, data_plate, seed)
+    globals_ = as_values(given) or _draw_globals(model, guide, batch, covariates, data_plate, seed)
     reference = sampler(
         model, *batch, given=globals_, **settings, **({"guide": guide} if against == "hmc" else {}), **shared
     )
@@ -128,12 +131,26 @@ def trust_report(
         comparison=compare_posteriors(
             guide, reference, *batch, model=model, given=globals_, num_samples=num_samples, **shared
         ),
-        gap=inference_gap(model, guide, *batch, **dict(evidence or {}), **shared) if ledger else None,
+        gap=inference_gap(model, guide, *batch, **gap_settings, **shared) if ledger else None,
         calibration=calibrate(model, guide, *batch, num_simulations=num_simulations, **shared)
         if num_simulations
         else None,
         against=against,
     )
+
+
+def _own_settings(name: str, settings: Any) -> dict[str, Any]:
+    """Return the settings of one part of the report.
+
+    Raises:
+        SettingError: If they are no mapping, or hold those of the whole report.
+    """
+    if not isinstance(settings, Mapping | None):
+        raise SettingError(f"{name} must hold settings by name, such as {{'num_samples': 500}}; got {settings!r}.")
+    found = dict(settings or {})
+    if own := sorted(set(found) & set(_OWN)):
+        raise SettingError(f"{name} has settings {own}, which are those of the whole report: give them beside it.")
+    return found
 
 
 def _sampler(name: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -142,10 +159,8 @@ def _sampler(name: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     Raises:
         SettingError: If there is none of that name, or it has no such setting.
     """
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise SettingError(f"against must be one of {', '.join(map(repr, SAMPLERS))}, got {name!r}.")
-    if own := sorted(set(settings) & set(_OWN)):
-        raise SettingError(f"sampling has settings {own}, which are those of the whole report: give them beside it.")
     check_settings(settings, SAMPLERS[name])
     return SAMPLERS[name], settings
 

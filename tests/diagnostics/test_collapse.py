@@ -358,7 +358,7 @@ class TestReport:
             collapse_report(one_latent, shrinking_guide, x, threshold=-1.0)
         with pytest.raises(SettingError, match="no rows"):
             collapse_report(one_latent, shrinking_guide, x, data_plate=None)
-        with pytest.raises(DataError, match="needs two, got 1"):
+        with pytest.raises(DataError, match="at least two of them, got 1"):
             collapse_report(one_latent, shrinking_guide, x[:1])
         with pytest.raises(SettingError, match="every"):
             CollapseMonitor(x, every=0)
