@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
+from pyro.infer.autoguide import AutoCallable, AutoGuideList
 from torch import Tensor
 from tqdm import tqdm
 
 from pyro_aevb._types import PyroProgram, Values
 from pyro_aevb.diagnostics.ranks import RankTest, rank_among
 from pyro_aevb.diagnostics.tarp import TarpCoverage, scaled_distances
-from pyro_aevb.errors import NonFiniteError, SettingError
+from pyro_aevb.errors import GuideError, NonFiniteError, SettingError
 from pyro_aevb.program.batch import as_tensors
 from pyro_aevb.program.blocks import BLOCK_DRAWS
 from pyro_aevb.program.density import LogDensity
@@ -208,7 +209,7 @@ def calibrate(
     Raises:
         SettingError: If a setting is out of range or unknown, or there are no rows to recycle.
         ModelError: If the model is not supported or draws its own rows, or an observation can't be written back.
-        GuideError: If the guide does not fit the model, draws auxiliary sites or is a point.
+        GuideError: If the guide does not fit the model, does not read the data, draws auxiliary sites or is a point.
         NonFiniteError: If a quantity is NaN.
 
     Example:
@@ -231,6 +232,7 @@ def calibrate(
         check_count(name, count)
     check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, calibrate)
+    _check_reads_data(guide)
     batch, covariates = as_tensors(batch, covariates)
     with inferring(seed, model, guide):
         key = int(torch.randint(2**62, ()))  # before anything else draws, so that it hangs on the seed alone
@@ -246,6 +248,21 @@ def calibrate(
         tarp=TarpCoverage(ranks[:, -1], num_draws),
         given=simulator.given,
     )
+
+
+def _check_reads_data(guide: PyroProgram) -> None:
+    """Refuse Pyro's automatic guides, whose q is that of the data that they were fitted to, whatever data they are given.
+
+    Raises:
+        GuideError: Naming the class.
+    """
+    is_of_pyro = type(guide).__module__.startswith("pyro.infer.autoguide.")
+    if is_of_pyro and not isinstance(guide, AutoCallable | AutoGuideList):
+        raise GuideError(
+            f"A guide is asked for the posterior of data that the model makes, and {type(guide).__name__} holds numbers of its "
+            "own data's rows instead of reading the data. Use a guide that reads them, as AutoAmortizedNormal does, or leave "
+            "calibration out of a report with num_simulations=0."
+        )
 
 
 class _Ranking:

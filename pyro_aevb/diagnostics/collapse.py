@@ -24,6 +24,7 @@ from pyro_aevb.diagnostics.mutual_information import RowDraws, information_terms
 from pyro_aevb.errors import DataError, GuideError, ModelError, SettingError
 from pyro_aevb.program.agreement import is_delta
 from pyro_aevb.program.batch import as_tensors, batch_rows, take_rows
+from pyro_aevb.program.direct import directly
 from pyro_aevb.program.rows import Rows, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
 from pyro_aevb.randomness import check_seed
@@ -97,7 +98,7 @@ def collapse_report(
     check_covariates(covariates, collapse_report)
     args, kwargs = _thin(*as_tensors(batch, covariates), max_rows)
     with inferring(seed, model, guide):
-        rows = Rows(model, guide, args, kwargs, data_plate)
+        rows = Rows(model, directly(guide), args, kwargs, data_plate)
         _check_rows(rows)
         return _Measurement(rows, num_samples).run(threshold)
 

@@ -27,7 +27,7 @@ from pyro_aevb.program.proposal import GuideDensity
 from pyro_aevb.program.rows import CHUNK_DRAWS, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
 
-__all__ = ["compare_posteriors"]
+__all__ = ["check_enough", "compare_posteriors"]
 
 
 def compare_posteriors(
@@ -191,12 +191,22 @@ def _check_draws(reference: PosteriorDraws, num_samples: int) -> None:
             f"reference must be draws as nuts_posterior or hmc_posterior return them, got {type(reference).__name__}. Call "
             "compare_posteriors(guide, reference, *batch, model=model)."
         )
+    check_enough(num_samples, (reference.num_chains, reference.num_samples))
+
+
+def check_enough(num_samples: int, chains: tuple[int, int]) -> None:
+    """Refuse to compare with too few draws.
+
+    Args:
+        num_samples: Draws of the guide for each row.
+        chains: How many chains the reference has, and how many draws each.
+
+    Raises:
+        SettingError: Saying how many there are.
+    """
     counts = {
         "the guide": (num_samples, f"num_samples={num_samples}"),
-        "the reference": (
-            reference.num_chains * reference.num_samples,
-            f"{reference.num_chains} chains of {reference.num_samples}",
-        ),
+        "the reference": (chains[0] * chains[1], f"{chains[0]} chains of {chains[1]}"),
     }
     for who, (count, how) in counts.items():
         if count < MIN_DRAWS:

@@ -1,5 +1,6 @@
 """How far to trust a guide, in one report: beside posterior draws, in nats of log p(x), and on data from the model itself."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from pyro_aevb._types import PyroProgram, Values
 from pyro_aevb.diagnostics.calibration import Calibration, calibrate
-from pyro_aevb.diagnostics.comparison import compare_posteriors
+from pyro_aevb.diagnostics.comparison import check_enough, compare_posteriors
 from pyro_aevb.diagnostics.comparison_result import Comparison
 from pyro_aevb.diagnostics.gap import InferenceGap, inference_gap
 from pyro_aevb.errors import SettingError
@@ -119,11 +120,16 @@ def trust_report(
     check_count("num_samples", num_samples)
     if num_simulations:
         check_count("num_simulations", num_simulations)
-    sampler, settings = _sampler(against, _own_settings("sampling", sampling))
+    sampler, settings = _sampler(against, _own_settings("sampling", sampling), num_samples)
     gap_settings = _own_settings("evidence", evidence)
     batch, covariates = as_tensors(batch, covariates)
     shared: dict[str, Any] = {"data_plate": data_plate, "seed": seed, "progress": progress, **covariates}
     globals_ = as_values(given) or _draw_globals(model, guide, batch, covariates, data_plate, seed)
+    # chains come last: what the other two refuse is known before
+    calibration = (
+        calibrate(model, guide, *batch, num_simulations=num_simulations, **shared) if num_simulations else None
+    )
+    gap = inference_gap(model, guide, *batch, **gap_settings, **shared) if ledger else None
     reference = sampler(
         model, *batch, given=globals_, **settings, **({"guide": guide} if against == "hmc" else {}), **shared
     )
@@ -131,10 +137,8 @@ def trust_report(
         comparison=compare_posteriors(
             guide, reference, *batch, model=model, given=globals_, num_samples=num_samples, **shared
         ),
-        gap=inference_gap(model, guide, *batch, **gap_settings, **shared) if ledger else None,
-        calibration=calibrate(model, guide, *batch, num_simulations=num_simulations, **shared)
-        if num_simulations
-        else None,
+        gap=gap,
+        calibration=calibration,
         against=against,
     )
 
@@ -153,15 +157,20 @@ def _own_settings(name: str, settings: Any) -> dict[str, Any]:
     return found
 
 
-def _sampler(name: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _sampler(name: str, settings: dict[str, Any], num_samples: int) -> tuple[Any, dict[str, Any]]:
     """Find a sampler and check what it is to be given.
 
     Raises:
-        SettingError: If there is none of that name, or it has no such setting.
+        SettingError: If there is none of that name, it has no such setting, or draws are too few to be compared.
     """
     if not isinstance(name, str) or name not in SAMPLERS:
         raise SettingError(f"against must be one of {', '.join(map(repr, SAMPLERS))}, got {name!r}.")
     check_settings(settings, SAMPLERS[name])
+    defaults = inspect.signature(SAMPLERS[name]).parameters
+    chains, draws = (settings.get(count, defaults[count].default) for count in ("num_chains", "num_samples"))
+    check_count("num_chains", chains)
+    check_count("num_samples", draws)
+    check_enough(num_samples, (chains, draws))
     return SAMPLERS[name], settings
 
 

@@ -15,6 +15,7 @@ from pyro_aevb.program.agreement import check_separable, is_delta
 from pyro_aevb.program.blocks import BLOCK_DRAWS, draw_in_blocks
 from pyro_aevb.program.coordinates import in_plates, rows_first
 from pyro_aevb.program.density import Density, LogDensity
+from pyro_aevb.program.direct import directly
 from pyro_aevb.program.importance import ImportanceProgram
 from pyro_aevb.program.model_rows import ModelRows, Part
 from pyro_aevb.program.parameters import evaluating
@@ -60,7 +61,7 @@ class GuideDensity:
         rows = density.source
         if not isinstance(rows, ModelRows):
             raise SettingError("A guide needs the density of a Pyro model; this one is of plain functions.")
-        model = rows.model.model
+        model, guide = rows.model.model, directly(guide)
 
         def read(args: Args, kwargs: Kwargs, data_plate: str | None) -> ImportanceProgram:
             return ImportanceProgram(model, guide, args, kwargs, data_plate=data_plate)
