@@ -62,7 +62,9 @@ def explained(what: str, args: Args, kwargs: Kwargs) -> Iterator[None]:
             raise DataError(
                 f"The batch has no rows: expected at least one, got ({describe_batch(args, kwargs)})."
             ) from error
-        text = str(error)
+        text = str(error).split("\nTrace Shapes:")[
+            0
+        ]  # Pyro's table of all sites is in the error that this one comes from
         hint = "check that the batch has the shapes that the program expects"
         if "dtype" in text or "expected scalar type" in text or "Float but" in text:
             hint = "convert the argument with .float() or to the dtype of the program's parameters"

@@ -166,6 +166,7 @@ def read_structure(
     both = [*guide_nodes.values(), *nodes.values()]
     dims = [-frame.dim for node in both for frame in node["cond_indep_stack"] if frame.dim is not None]
     nesting = max([0, *dims, *(len(node["fn"].batch_shape) for node in nodes.values())])
+    _check_event_shapes(nodes, guide_nodes)
     sites = {name: _read_site(node, frame, nodes) for name, node in nodes.items()}
     for name, node in nodes.items():
         _check_site(sites[name], node)
@@ -219,6 +220,7 @@ def _read_nodes(model: PyroProgram, guide: PyroProgram | None, args: Args, kwarg
                 with explained("model", args, kwargs):
                     own = sample_sites(poutine.trace(model).get_trace(*args, **kwargs))
                 _check_event_shapes(own, guide_nodes)
+                _check_value_shapes(own, guide_nodes)
             raise
     return nodes, guide_nodes
 
@@ -227,6 +229,23 @@ def _check_event_shapes(nodes: Nodes, guide_nodes: Nodes) -> None:
     """Tell a model that fails on the guide's values for their shape from one that fails by itself."""
     for name in nodes.keys() & guide_nodes.keys():
         check_event_shape(name, nodes[name]["fn"], guide_nodes[name]["fn"])
+
+
+def _check_value_shapes(nodes: Nodes, guide_nodes: Nodes) -> None:
+    """Tell a guide that holds values of rows of its own from a model that fails.
+
+    Raises:
+        ModelError: Naming the site and both shapes.
+    """
+    for name in nodes.keys() & guide_nodes.keys():
+        own, theirs = tuple(nodes[name]["value"].shape), tuple(guide_nodes[name]["value"].shape)
+        if own != theirs:
+            raise ModelError(
+                f"The model fails on the guide's values: site {name!r} has the shape {list(theirs)} in the guide and {list(own)} "
+                "in the model. A guide that holds numbers for each row, as Pyro's automatic guides do, runs with all of its rows "
+                "alone, in their order: give these, or use a guide that reads the data.",
+                site=name,
+            )
 
 
 def check_event_shape(name: str, p: "SiteDistribution | Site", q: SiteDistribution) -> None:
