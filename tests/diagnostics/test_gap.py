@@ -158,6 +158,30 @@ def test_with_globals_everything_is_given_one_draw_of_them():
     assert gap.approximation_gap.abs().max() < 0.02
 
 
+def test_a_whole_model_is_one_row():
+    """The posterior of a mean m of n rows is N(sum x / (n + 1), 1 / (n + 1)); the guide's sd is 0.6 of it."""
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    x = torch.tensor([0.3, -1.0, 2.0, 0.7])
+    sd = (len(x) + 1) ** -0.5
+
+    def guide(x):
+        pyro.sample("m", dist.Normal(x.sum() * sd**2, 0.6 * sd))
+
+    found = quiet(model, guide, x, method="quadrature", data_plate=None, num_steps=100, num_draws=1000)
+    assert len(found) == 1
+    rows = dist.MultivariateNormal(torch.zeros(4), torch.eye(4) + 1.0)
+    assert within(found.log_marginal.value, rows.log_prob(x), found.log_marginal.standard_error)
+    kl = 0.6**2 / 2 - 0.5 - math.log(0.6)
+    assert within(found.inference_gap, kl, found.inference_error)
+    assert within(found.amortization_gap, kl, found.amortization_error)
+    assert within(found.approximation_gap, 0.0, found.approximation_error)
+
+
 def test_an_automatic_guide_with_globals_is_refined():
     exact, x = NormalNormal.fixture()
     guide = AutoAmortizedNormal(exact.model, init_scale=0.7).build(x)

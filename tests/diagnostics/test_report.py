@@ -1,5 +1,7 @@
 """The report of trust: its three parts are those of their own functions, and what is asked of it reaches them."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -101,12 +103,40 @@ def test_globals_are_drawn_once_or_given():
         report(model, guide, x, data_plate="nowhere")
 
 
+@pytest.mark.parametrize(("against", "scale"), [("hmc", 0.6), ("nuts", 1.0)])
+def test_a_whole_model_is_one_row(against, scale):
+    """Rows share the effect m, whose posterior is N(sum x / (n + 1), 1 / (n + 1)); the guide's sd is that times a scale."""
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("m", dist.Normal(x.sum() / (len(x) + 1), scale * (len(x) + 1) ** -0.5))
+
+    x = torch.tensor([0.3, -1.0, 2.0, 0.7])
+    short = SHORT if against == "hmc" else {"num_samples": 50, "warmup_steps": 40}
+    evidence = {"method": "quadrature", "num_steps": 20, "num_draws": 1000}
+    settings = {"sampling": short, "evidence": evidence, "num_simulations": 10, "data_plate": None}
+    found = report(model, guide, x, against=against, **settings)
+    assert found.comparison.guide_samples["m"].shape == (1000,)
+    divergence = 0.5 * (scale**2 + scale**-2 - 2)
+    assert abs(found.comparison.divergence - divergence) < 5 * found.comparison.divergence_se + 1e-5
+    kl = scale**2 / 2 - 0.5 - math.log(scale)
+    assert abs(found.gap.inference_gap - kl) < 5 * found.gap.inference_error + 1e-5
+    assert len(found.calibration) == 10
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"against": "gibbs"}, r"against must be one of 'hmc', 'nuts', got 'gibbs'"),
         ({"sampling": {"num_sample": 3}}, "Did you mean 'num_samples'"),
         ({"sampling": {"seed": 3}}, r"settings \['seed'\], which are those of the whole report"),
+        ({"sampling": {"num_samples": 3, "num_chains": 4}}, r"Got 12 of the reference \(4 chains of 3\)"),
+        ({"sampling": {"num_samples": "many"}}, "num_samples must be an integer of at least 1, got 'many'"),
+        ({"num_samples": 20}, r"Got 20 of the guide \(num_samples=20\)"),
         ({"simulations": 3}, "Did you mean 'num_simulations'"),
         ({"num_simulations": -1}, "num_simulations must be an integer of at least 1, got -1"),
         ({"evidence": {"presets": 3}, "num_simulations": 0}, "Did you mean 'preset'"),
