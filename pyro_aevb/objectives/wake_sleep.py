@@ -14,7 +14,7 @@ from pyro_aevb.objectives.base import Evaluation, Objective, with_value
 from pyro_aevb.program.agreement import check_separable, is_delta
 from pyro_aevb.program.divergence import has_moving_support
 from pyro_aevb.program.importance import ImportanceProgram
-from pyro_aevb.program.observations import ToBatch, write_observations
+from pyro_aevb.program.observations import ToBatch, check_to_batch, write_observations
 from pyro_aevb.program.particles import ParticleAxes, as_draws
 from pyro_aevb.program.settings import check_count
 from pyro_aevb.weights import Bounds, Terms
@@ -63,6 +63,7 @@ class WakeSleep(Objective):
     """
 
     def __init__(self, *, to_batch: ToBatch | None = None, data_plate: str | None = "auto") -> None:
+        check_to_batch(to_batch)
         super().__init__(data_plate=data_plate)
         self.to_batch = to_batch
 

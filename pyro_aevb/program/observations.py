@@ -16,10 +16,22 @@ from pyro_aevb.program.reach import find_modules
 from pyro_aevb.program.sites import sample_sites
 from pyro_aevb.program.structure import Structure, read_structure
 
-__all__ = ["ToBatch", "write_observations"]
+__all__ = ["ToBatch", "check_to_batch", "write_observations"]
 
 ToBatch: TypeAlias = Callable[[Values, Args, Kwargs], tuple[Args, dict[str, Any]]]
 """Puts observed values into a batch: from ``(values, args, kwargs)`` to new ``(args, kwargs)``."""
+
+
+def check_to_batch(to_batch: ToBatch | None) -> None:
+    """Refuse what is neither ``None`` nor a function.
+
+    Raises:
+        SettingError: Naming what came.
+    """
+    if to_batch is not None and not callable(to_batch):
+        raise SettingError(
+            f"to_batch must be a function of (values, args, kwargs) that returns the new (args, kwargs), got {to_batch!r}."
+        )
 
 
 def write_observations(
@@ -62,11 +74,8 @@ def write_observations(
         >>> args[0][0]
         tensor([0., 1.])
     """
+    check_to_batch(to_batch)
     if to_batch is not None:
-        if not callable(to_batch):
-            raise SettingError(
-                f"to_batch must be a function of (values, args, kwargs) that returns the new (args, kwargs), got {to_batch!r}."
-            )
         return _checked(to_batch(values, args, kwargs))
     structure = structure or read_structure(model, args, kwargs)
     copies: dict[int, Tensor] = {}

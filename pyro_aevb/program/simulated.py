@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import ModelError, SettingError
-from pyro_aevb.program.batch import batch_rows, take_rows
+from pyro_aevb.program.batch import batch_rows, describe_batch, take_rows
 from pyro_aevb.program.coordinates import Layout
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.model_rows import given_globals
@@ -78,7 +78,8 @@ class Simulator:
         self._rows = batch_rows(*batch) or 0
         if not self._rows and data_plate is not None:
             raise SettingError(
-                "num_simulations recycles the rows of a template, and there are none: give a batch with one."
+                f"num_simulations recycles the rows of a template, and there are none: give a batch with one, as tensors; got "
+                f"({describe_batch(*batch)})."
             )
         self.structure = read_structure(model, *batch, data_plate=data_plate)
         if self.structure.draws_own_rows:
