@@ -16,14 +16,15 @@ from pyro_aevb.mcmc.draws import PosteriorDraws
 __all__ = ["to_arviz"]
 
 Arrays: TypeAlias = dict[str, np.ndarray]
+BySite: TypeAlias = Mapping[str, Tensor | np.ndarray]
 
 
 def to_arviz(
-    posterior: PosteriorDraws | Mapping[str, Tensor],
+    posterior: PosteriorDraws | BySite,
     *,
-    guide: Mapping[str, Tensor] | None = None,
-    log_likelihood: Mapping[str, Tensor] | None = None,
-    observed_data: Mapping[str, Tensor] | None = None,
+    guide: BySite | None = None,
+    log_likelihood: BySite | None = None,
+    observed_data: BySite | None = None,
     predictive: PredictiveCheck | None = None,
     has_rows: bool = True,
 ) -> Any:

@@ -5,13 +5,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import arviz as az
+import jaxtyping
+import matplotlib.pyplot as plt
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
+from pyro_aevb import LogDensity, PredictiveCheck, predictive_check
 from pyro_aevb.arviz_arrays import from_arrays
 from pyro_aevb.errors import DataError
 from pyro_aevb.export import to_arviz
@@ -59,34 +65,178 @@ def test_a_whole_model_has_no_rows() -> None:
     assert data.sample_stats["lp"].dims == ("chain", "draw")
 
 
-def test_arviz_takes_both_posteriors() -> None:
+# What ArviZ makes of them
+
+
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    """Everything in one object: chains, a guide, densities, data and replicated data of three rows."""
     chains, guide = make_chains(), {"z": torch.rand(400, 3, 2)}
-    both = {"chains": to_arviz(chains, log_likelihood={"x": -1 - torch.rand(4, 100, 3)})}
-    both["guide"] = to_arviz(guide, log_likelihood={"x": -3 - torch.rand(400, 3)})
-    table = az.summary(both["chains"])
-    expected = bulk_ess(chains.samples["z"])
-    assert table.loc["z[2, 1]", "ess_bulk"] == pytest.approx(expected[2, 1].item(), abs=1)
-    assert table.loc["z[2, 1]", "mean"] == pytest.approx(chains.samples["z"][:, :, 2, 1].mean().item(), abs=1e-3)
-    assert list(az.compare(both).index) == ["chains", "guide"]
-    whole = to_arviz(chains, guide=guide)
+    log_likelihood = {"x": -1 - torch.rand(4, 100, 3)}
+    return to_arviz(chains, guide=guide, log_likelihood=log_likelihood, predictive=make_check())
+
+
+def make_check() -> PredictiveCheck:
+    """Return a predictive check of three rows, and of a statistic that no test asks for."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    return predictive_check(
+        model, guide, torch.tensor([-1.0, 0.0, 2.0]), num_samples=60, num_kept=40, seed=0, progress=False
+    )
+
+
+def test_summary_names_rows_and_coordinates(whole: Any) -> None:
+    for group in ("posterior", "guide"):
+        table = az.summary(whole, group=group)
+        values = whole[group]["z"].values
+        assert list(table.index) == [f"z[{row}, {place}]" for row in range(3) for place in range(2)]
+        for column, expected in (("mean", values.mean((0, 1))), ("sd", values.std((0, 1), ddof=1))):
+            np.testing.assert_allclose(table[column].to_numpy().reshape(3, 2), expected, atol=1e-3)
+    expected = bulk_ess(torch.from_numpy(whole.posterior["z"].values))
+    assert az.summary(whole).loc["z[2, 1]", "ess_bulk"] == pytest.approx(expected[2, 1].item(), abs=1)
+
+
+def test_forest_has_both_posteriors_in_each_row(whole: Any) -> None:
     axes = az.plot_forest([whole.posterior, whole.guide], model_names=["chains", "guide"], var_names=["z"])
     assert len(axes[0].get_yticklabels()) == 6
     assert {text.get_text() for text in axes[0].get_legend().get_texts()} == {"chains", "guide"}
-    assert az.plot_pair(whole, group="posterior", var_names=["z"], coords={"row": [0]}) is not None
+    plt.close("all")
 
 
-@pytest.mark.parametrize(
-    ("posterior", "guide", "message"),
-    [
-        ({}, None, "at least one site"),
-        ({"z": torch.zeros(10, 3)}, {"z": torch.zeros(10, 4)}, r"'z' must have shape \[draws, \*\[3\]\].*\[10, 4\]"),
-    ],
-)
-def test_draws_that_do_not_fit_are_refused(
-    posterior: dict[str, Tensor], guide: dict[str, Tensor] | None, message: str
-) -> None:
-    with pytest.raises(DataError, match=message):
-        to_arviz(posterior, guide=guide)
+@pytest.mark.parametrize("group", ["posterior", "guide"])
+def test_pair_takes_a_row(whole: Any, group: str) -> None:
+    axes = az.plot_pair(whole, group=group, var_names=["z"], coords={"row": [2]})
+    drawn = axes.collections[0].get_offsets() if axes.collections else axes.lines[0].get_xydata()
+    np.testing.assert_allclose(np.asarray(drawn), whole[group]["z"].values[:, :, 2].reshape(-1, 2), rtol=1e-6)
+    plt.close("all")
+
+
+@pytest.mark.parametrize("group", ["posterior", "prior"])
+def test_ppc_takes_replicated_data(whole: Any, group: str) -> None:
+    check = make_check()
+    replicated = whole[f"{group}_predictive"]["x"]
+    assert replicated.dims == ("chain", "draw", "row")
+    np.testing.assert_array_equal(replicated, getattr(check, f"{group}_predictive")["x"])
+    np.testing.assert_array_equal(whole.observed_data["x"], [-1.0, 0.0, 2.0])
+    axes = az.plot_ppc(whole, group=group, num_pp_samples=30)
+    assert f"{group.title()} predictive" in {text.get_text() for text in axes.get_legend().get_texts()}
+    assert len(axes.lines) >= 30
+    plt.close("all")
+
+
+def test_other_pictures(whole: Any) -> None:
+    assert az.plot_trace(whole, var_names=["z"]).shape == (1, 2)
+    az.plot_posterior(whole, group="guide", coords={"row": [0]})
+    az.plot_khat(az.loo(whole, pointwise=True))
+    plt.close("all")
+
+
+def test_compare_ranks_chains_and_guide() -> None:
+    both = {
+        "chains": to_arviz(make_chains(), log_likelihood={"x": -1 - torch.rand(4, 100, 3)}),
+        "guide": to_arviz({"z": torch.rand(400, 3, 2)}, log_likelihood={"x": -3 - torch.rand(400, 3)}),
+    }
+    table = az.compare(both)
+    assert list(table.index) == ["chains", "guide"]
+    assert table.loc["guide", "elpd_loo"] == pytest.approx(az.loo(both["guide"]).elpd_loo)
+
+
+# Leave-one-out against its closed form
+
+
+def check_loo(data: Any, exact: Tensor) -> None:
+    """Hold leave-one-out of each row against its exact value; errors are those of 1 over a mean of inverse likelihoods."""
+    found = az.loo(data, pointwise=True, reff=1.0)
+    inverse = (-data.log_likelihood["x"]).pipe(np.exp)
+    error = inverse.std(("chain", "draw")) / inverse.mean(("chain", "draw")) / inverse[:, :, 0].size ** 0.5
+    assert found.pareto_k.max() < 0.6
+    assert (abs(found.loo_i.values - exact.numpy()) < 4.5 * error.values).all()
+    assert abs(found.elpd_loo - exact.sum().item()) < 4.5 * error.values.sum()
+    assert 4.5 * error.values.max() < 0.15
+
+
+def test_loo_of_a_shared_mean_is_exact() -> None:
+    """Of rows N(m, 1) under m ~ N(0, 1), the others leave m ~ N(sum / n, 1 / n), and the row N(sum / n, 1 + 1 / n)."""
+
+    def model(x: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    generator = torch.Generator().manual_seed(3)
+    x = 0.5 + torch.randn(12, generator=generator)
+    noise = torch.randn(4, 2000, generator=generator)
+    draws = (x.sum() + 13**0.5 * noise) / 13
+    each = LogDensity(model, x, given={"m": draws}).log_likelihood(torch.zeros(4, 2000, 12, 0))
+    guide = to_arviz({"m": draws.flatten()}, log_likelihood={"x": each.flatten(0, 1)}, has_rows=False)
+    left = (x.sum() - x) / 12
+    check_loo(guide, dist.Normal(left, (1 + 1 / 12) ** 0.5).log_prob(x))
+    torch.testing.assert_close(each, dist.Normal(draws[..., None], 1.0).log_prob(x), rtol=0, atol=1e-5)
+
+
+def test_loo_of_rows_with_latents_is_their_evidence() -> None:
+    """Rows N(z, 9) under z ~ N(0, 1) share nothing: what is left of a row is N(0, 10)."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 3.0), obs=x)
+
+    generator = torch.Generator().manual_seed(4)
+    x = 10**0.5 * torch.randn(8, generator=generator)
+    u = x / 10 + 0.9**0.5 * torch.randn(4, 2000, 8, generator=generator)
+    each = LogDensity(model, x).log_likelihood(u[..., None])
+    data = to_arviz({"z": u.flatten(0, 1)}, log_likelihood={"x": each.flatten(0, 1)}, observed_data={"x": x})
+    check_loo(data, dist.Normal(0.0, 10**0.5).log_prob(x))
+
+
+# Refusals
+
+ONE = {"z": torch.zeros(1, 6)}
+REFUSED = {
+    "nothing": (lambda: to_arviz({}), "at least one site"),
+    "no object": (lambda: to_arviz(None), "site: tensor.* got NoneType"),
+    "a tensor": (lambda: to_arviz(torch.zeros(6)), "got Tensor"),
+    "lists": (lambda: to_arviz({"z": [1.0]}), "tensor for site 'z', got list"),
+    "no axis of rows": (lambda: to_arviz({"z": torch.zeros(6)}), r"'row': None.* shape \[1, 6\].*has_rows=False"),
+    "a number": (lambda: to_arviz({"z": torch.tensor(1.0)}), "'draw': None"),
+    "draws of two lengths": (lambda: to_arviz({**ONE, "w": torch.zeros(2, 6)}), r"'w' .*'draw': 1.*\[1, 2, 6\]"),
+    "a guide's shape": (lambda: to_arviz(ONE, guide={"z": torch.zeros(9, 4)}), r"\*\[6\]\] .* got \[9, 4\]"),
+    "a guide's site": (lambda: to_arviz(ONE, guide={"w": torch.zeros(9, 6)}), r"sites \['w'\].*\['z'\]"),
+    "chains as a guide": (lambda: to_arviz(ONE, guide=make_chains()), "guide must be .* got PosteriorDraws"),
+    "densities summed": (lambda: to_arviz(ONE, log_likelihood={"x": torch.zeros(1)}), r"log_likelihood .*\[1, 1\]"),
+    "densities of chains": (
+        lambda: to_arviz(make_chains(), log_likelihood={"x": torch.zeros(400, 3)}),
+        r"'chain': 4, 'draw': 100, 'row': 3\}.*\[400, 3\]",
+    ),
+    "data of other rows": (lambda: to_arviz(ONE, observed_data={"x": torch.zeros(5)}), r"\{'row': 6\}.*\[5\]"),
+    "a predictive tensor": (lambda: to_arviz(ONE, predictive=torch.zeros(5)), "predictive_check.* got Tensor"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused(name: str) -> None:
+    do, message = REFUSED[name]
+    jaxtyping.config.update("jaxtyping_disable", True)  # the check of annotations would come first
+    try:
+        with pytest.raises(DataError, match=message):
+            do()
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_arrays_and_half_precision_are_taken() -> None:
+    data = to_arviz({"z": np.ones((9, 2)), "w": torch.ones(9, 2, dtype=torch.bfloat16, requires_grad=True)})
+    assert data.posterior["w"].dtype == np.float32
+    assert data.posterior["z"].shape == (1, 9, 2)
 
 
 def test_arrays_need_as_many_names_as_axes() -> None:
@@ -106,23 +256,50 @@ UNDER_ONE = """
 import json, runpy, sys
 import numpy as np
 import arviz as az
+from scipy import stats
 from_arrays = runpy.run_path(sys.argv[1])["from_arrays"]
 rng = np.random.default_rng(0)
-axes = ["chain", "draw", "row", "z_dim_0"]
+rows = ["chain", "draw", "row"]
+sites = rows + ["z_dim_0"]
+dims = {"posterior": {"z": sites}, "guide": {"z": sites}, "log_likelihood": {"x": rows}, "observed_data": {"x": ["row"]},
+        "posterior_predictive": {"x": rows}, "prior_predictive": {"x": rows}}
 def make(shift):
     groups = {"posterior": {"z": rng.normal(size=(4, 100, 3, 2)) + shift}, "guide": {"z": rng.normal(size=(1, 50, 3, 2))},
-              "log_likelihood": {"x": rng.normal(size=(4, 100, 3)) / 9 - shift}}
-    dims = {"posterior": {"z": axes}, "guide": {"z": axes}, "log_likelihood": {"x": axes[:3]}}
+              "log_likelihood": {"x": rng.normal(size=(4, 100, 3)) / 9 - shift}, "observed_data": {"x": rng.normal(size=3)},
+              "posterior_predictive": {"x": rng.normal(size=(1, 40, 3))}, "prior_predictive": {"x": rng.normal(size=(1, 40, 3))}}
     return from_arrays(groups, dims, {"inference_library": "pyro_aevb"}), groups
 data, groups = make(0.0)
 other, _ = make(2.0)
-table = az.summary(data)
+tables = {group: az.summary(data, group=group) for group in ("posterior", "guide")}
+means = {group: table["mean"].astype(float).to_numpy().reshape(3, 2) for group, table in tables.items()}
+forest = az.plot_forest({"chains": data, "other": other}, var_names=["z"])
 pair = az.plot_pair(data, var_names=["z"], coords={"row": 0})
-forest = az.plot_forest({"one": data, "other": other}, var_names=["z"])
+pictures = {
+    "forest": forest, "forest of guide": az.plot_forest(data, group="guide", var_names=["z"]), "pair": pair,
+    "pair of guide": az.plot_pair(data, group="guide", var_names=["z"], coords={"row": 0}),
+    "ppc": az.plot_ppc_dist(data, num_samples=30), "prior ppc": az.plot_ppc_dist(data, group="prior_predictive"),
+    "trace": az.plot_trace(data), "both": az.plot_dist({"chains": data, "other": other}),
+}
+compared = az.compare({"one": data, "other": other})
+pictures["compare"] = az.plot_compare(compared)
+# rows N(m, 1) under m ~ N(0, 1): what the others leave of a row is N(sum / n, 1 + 1 / n)
+x = 0.5 + rng.normal(size=12)
+m = (x.sum() + 13**0.5 * rng.normal(size=(1, 8000))) / 13
+each = stats.norm.logpdf(x, m[..., None])
+loo_dims = {"posterior": {"m": rows[:2]}, "log_likelihood": {"x": rows}}
+loo = az.loo(from_arrays({"posterior": {"m": m}, "log_likelihood": {"x": each}}, loo_dims, {}), pointwise=True, reff=1.0)
+exact = stats.norm.logpdf(x, (x.sum() - x) / 12, (1 + 1 / 12) ** 0.5)
+error = np.exp(-each).std((0, 1)) / np.exp(-each).mean((0, 1)) / 8000**0.5
 print(json.dumps({
-    "version": az.__version__, "kind": type(data).__name__, "groups": sorted(data.children), "lines": len(table),
-    "equal": bool((data["posterior"]["z"].values == groups["posterior"]["z"]).all()), "dims": list(data["posterior"]["z"].dims),
-    "compared": list(az.compare({"one": data, "other": other}).index), "pictures": [type(pair).__name__, type(forest).__name__],
+    "version": az.__version__, "kind": type(data).__name__, "groups": sorted(data.children),
+    "equal": all(bool((data[group][name].values == array).all()) for group in groups for name, array in groups[group].items()),
+    "dims": {group: list(data[group][name].dims) for group, names in dims.items() for name in names},
+    "names": {group: list(table.index) for group, table in tables.items()},
+    "means": {group: float(abs(mean - groups[group]["z"].mean((0, 1))).max()) for group, mean in means.items()},
+    "compared": list(compared.index), "pictures": {name: type(item).__name__ for name, item in pictures.items()},
+    "models": forest.viz["point_estimate"]["z"].coords["model"].values.tolist(),
+    "replicated": int(pictures["ppc"].viz["predictive_dist"]["x"].size),
+    "loo": float((abs(loo.elpd_i.values - exact) / error).max()), "k_hat": float(loo.pareto_k.max()),
 }))
 """
 
@@ -155,9 +332,16 @@ def test_arrays_are_a_data_tree_under_arviz_1(python_with_arviz_1: Path) -> None
     found = json.loads(answer.stdout.splitlines()[-1])
     assert found["version"].startswith("1.")
     assert found["kind"] == "DataTree"
-    assert found["groups"] == ["guide", "log_likelihood", "posterior"]
+    assert found["groups"] == sorted(found["dims"])
     assert found["equal"]
-    assert found["dims"] == ["chain", "draw", "row", "z_dim_0"]
-    assert found["lines"] == 6
+    assert found["dims"]["posterior"] == found["dims"]["guide"] == ["chain", "draw", "row", "z_dim_0"]
+    assert found["dims"]["observed_data"] == ["row"]
+    names = [f"z[{row}, {place}]" for row in range(3) for place in range(2)]
+    assert found["names"] == {"posterior": names, "guide": names}
+    assert max(found["means"].values()) < 0.06  # some versions of 1.x round their tables
     assert found["compared"] == ["one", "other"]
-    assert found["pictures"] == ["PlotMatrix", "PlotCollection"]
+    assert found["models"] == ["chains", "other"]
+    assert found["replicated"] == 30
+    assert set(found["pictures"].values()) == {"PlotMatrix", "PlotCollection"}
+    assert found["loo"] < 4.5
+    assert found["k_hat"] < 0.6
