@@ -71,8 +71,7 @@ def _p_value(draws: Tensor, observed: Tensor) -> Tensor:
 class PredictiveCheck:
     """Statistics of the data among those of replicated data, and some of the replicated data sets.
 
-    ``arviz.from_dict(posterior_predictive=check.posterior_predictive, prior_predictive=check.prior_predictive,
-    observed_data=check.observed_data)`` makes what ``arviz.plot_ppc`` takes.
+    ``to_arviz(draws, predictive=check)`` makes what ``arviz.plot_ppc`` takes (``arviz.plot_ppc_dist`` under ArviZ 1.x).
 
     Attributes:
         checks: One entry for each statistic of each observed site.
