@@ -25,8 +25,8 @@ from pyro_aevb.objectives.importance_weighted import IWELBO
 from pyro_aevb.objectives.sgvb import SGVB
 from pyro_aevb.objectives.wake_sleep import ReweightedWakeSleep, WakeSleep
 from pyro_aevb.prediction import embed, posterior, predict, reconstruct, simulate
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.settings import check_covariates, check_settings
-from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.randomness import seeded
 from pyro_aevb.training.checkpoint import describe, read_header, restore, save
 from pyro_aevb.training.data import Batch, as_batch

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, T
 
 from pyro_aevb import AEVB, SGVB, embed, fit, posterior, reconstruct
 from pyro_aevb.errors import AEVBWarning, GuideError, ModelError
-from pyro_aevb.program.staging import ObjectiveModule
+from pyro_aevb.program.objective_module import ObjectiveModule
 
 QUIET = {"progress": False, "seed": 0}
 

@@ -15,9 +15,9 @@ from pyro_aevb.errors import NonFiniteError, ParameterError
 from pyro_aevb.objectives.base import Objective
 from pyro_aevb.objectives.sgvb import SGVB, KLPlan
 from pyro_aevb.program.importance import ImportanceProgram, find_non_finite
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.parameters import Program
 from pyro_aevb.program.particles import ParticleAxes, Records
-from pyro_aevb.program.staging import ObjectiveModule
 
 __all__ = ["GradientMoments", "GradientSource"]
 

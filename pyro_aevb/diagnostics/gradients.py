@@ -16,9 +16,9 @@ from pyro_aevb.objectives.base import Objective, check_choice
 from pyro_aevb.objectives.importance_weighted import IWELBO
 from pyro_aevb.objectives.sgvb import SGVB
 from pyro_aevb.program.batch import as_tensors, batch_rows
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.rows import inferring, located
 from pyro_aevb.program.settings import check_count, check_covariates
-from pyro_aevb.program.staging import ObjectiveModule
 
 if TYPE_CHECKING:
     import pandas

@@ -14,10 +14,10 @@ from pyro_aevb._types import Args, Kwargs, PyroProgram
 from pyro_aevb.errors import SettingError
 from pyro_aevb.program.agreement import check_gradient, check_points
 from pyro_aevb.program.importance import ImportanceProgram
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.parameters import preserved_state
 from pyro_aevb.program.particles import ParticleAxes
 from pyro_aevb.program.settings import check_count
-from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.weights import Bounds
 
 __all__ = ["Evaluation", "Objective", "check_choice", "check_estimator", "with_value"]

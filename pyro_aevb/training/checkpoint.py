@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyro_aevb.errors import AEVBError, FileError
-from pyro_aevb.program.staging import ObjectiveModule
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.training.data import Batch
 
 __all__ = ["describe", "read_header", "restore", "save"]

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from pyro_aevb._types import PyroProgram
 from pyro_aevb.errors import AEVBWarning, SettingError, warn_user
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.settings import check_count, check_settings
-from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.randomness import seeded
 from pyro_aevb.training.data import BatchSource, as_source
 from pyro_aevb.training.preparation import prepare

@@ -12,8 +12,8 @@ from pyro_aevb.errors import AEVBError, DataError, GuideError, SettingError
 from pyro_aevb.guides.base import AmortizedGuide
 from pyro_aevb.guides.inputs import STANDARDISING_ROWS
 from pyro_aevb.program.batch import explained, take_rows
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.rows import check_finite, located
-from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.program.structure import Structure
 from pyro_aevb.training.data import Batch, BatchSource
 

@@ -11,7 +11,7 @@ from torch.optim import Adam, Optimizer
 from pyro_aevb.errors import NonFiniteError, ParameterError
 from pyro_aevb.program.batch import explained
 from pyro_aevb.program.importance import find_non_finite
-from pyro_aevb.program.staging import ObjectiveModule
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.training.data import Batch
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from pyro_aevb import SGVB, AutoAmortizedNormal, fit
 from pyro_aevb.diagnostics.gradient_draws import GradientMoments, GradientSource
 from pyro_aevb.diagnostics.gradients import GradientEstimate, _recommend, _summarize, gradient_report
 from pyro_aevb.errors import NonFiniteError, ParameterError, SettingError
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.rows import inferring
-from pyro_aevb.program.staging import ObjectiveModule
 from pyro_aevb.testing import LinearGaussian, NormalNormal
 
 quiet = functools.partial(gradient_report, seed=0, progress=False)

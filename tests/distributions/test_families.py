@@ -27,7 +27,7 @@ import pyro_aevb as ours
 from pyro_aevb import IWELBO, SGVB, stage
 from pyro_aevb.errors import GuideError, SettingError, StagingWarning
 from pyro_aevb.program.divergence import has_moving_support
-from pyro_aevb.program.staging import ObjectiveModule
+from pyro_aevb.program.objective_module import ObjectiveModule
 
 
 @pytest.fixture(autouse=True)

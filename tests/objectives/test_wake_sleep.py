@@ -18,7 +18,7 @@ from pyro_aevb.objectives.base import Objective
 from pyro_aevb.objectives.importance_weighted import IWELBO
 from pyro_aevb.objectives.sgvb import SGVB
 from pyro_aevb.objectives.wake_sleep import ReweightedWakeSleep, WakeSleep
-from pyro_aevb.program.staging import ObjectiveModule
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.testing import LinearGaussian
 from pyro_aevb.training.loop import fit
 

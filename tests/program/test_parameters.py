@@ -26,6 +26,7 @@ from torch.distributions import constraints
 
 from pyro_aevb import SGVB
 from pyro_aevb.errors import AEVBWarning, ParameterError
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.parameters import (
     Program,
     detaching,
@@ -34,7 +35,6 @@ from pyro_aevb.program.parameters import (
     preserved_state,
 )
 from pyro_aevb.program.reach import find_modules
-from pyro_aevb.program.staging import ObjectiveModule
 
 X = torch.linspace(-1.0, 1.0, 12).reshape(4, 3)
 

@@ -8,8 +8,8 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 
 from pyro_aevb import SGVB
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.scaling import DataPlateScale
-from pyro_aevb.program.staging import ObjectiveModule
 
 NUM_DATA = 20
 X = torch.linspace(-2.0, 2.0, NUM_DATA, dtype=torch.float64)

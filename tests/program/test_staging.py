@@ -17,7 +17,8 @@ from torch.distributions import constraints
 
 from pyro_aevb import IWELBO, SGVB
 from pyro_aevb.errors import StagingWarning
-from pyro_aevb.program.staging import ObjectiveModule, record, stage
+from pyro_aevb.program.objective_module import ObjectiveModule
+from pyro_aevb.program.staging import record, stage
 
 softplus = nn.functional.softplus
 

@@ -1,0 +1,126 @@
+"""Model, guide and objective as one module whose call is the loss."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pyro.infer import ELBO
+from torch import Tensor, nn
+
+from pyro_aevb._types import Args, Kwargs, PyroProgram
+from pyro_aevb.errors import ParameterError
+from pyro_aevb.program.batch import batch_rows
+from pyro_aevb.program.parameters import Program
+from pyro_aevb.program.scaling import DataPlateScale
+from pyro_aevb.program.structure import Structure, read_structure
+
+__all__ = ["ObjectiveModule"]
+
+
+class ObjectiveModule(nn.Module):
+    """Model, guide and objective as one module whose call is the loss: minus the bound on the whole data set, in nats.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        objective: Any ``pyro.infer.ELBO`` that has ``differentiable_loss``.
+        num_data: Rows of the whole data set, for a data plate that knows only its batch; ``None`` guesses nothing.
+        data_plate: As in :func:`~pyro_aevb.program.structure.read_structure`.
+    """
+
+    def __init__(
+        self,
+        model: PyroProgram,
+        guide: PyroProgram,
+        objective: ELBO,
+        *,
+        num_data: int | None = None,
+        data_plate: str | None = "auto",
+    ) -> None:
+        super().__init__()
+        self.program = Program(model, guide)
+        self.objective: Any = objective
+        # a hook that held this module would keep it alive in a cycle
+        self.register_state_dict_pre_hook(lambda module, *_: module._check_built())
+        self.objective_state = getattr(objective, "state", nn.Module())
+        self.num_data = num_data
+        self.data_plate = data_plate
+        self.structure: Structure | None = None
+        self.example: tuple[Args, Kwargs] | None = None
+
+    @property
+    def model(self) -> PyroProgram:
+        """The model, as given."""
+        return self.program.model
+
+    @property
+    def guide(self) -> PyroProgram:
+        """The guide, as given."""
+        return self.program.guide
+
+    def build(self, *args: Any, **kwargs: Any) -> "ObjectiveModule":
+        """Make every parameter and read the model's structure from a batch; random state stays as it was."""
+        self.example = (args, kwargs)
+        with self.program.building():
+            self.structure = read_structure(self.model, args, kwargs, guide=self.guide, data_plate=self.data_plate)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss on a batch."""
+        if self.structure is None:
+            self.build(*args, **kwargs)
+        with self.running():
+            return self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
+
+    def loss_and_bound(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss on a batch and the bound in nats per row, detached.
+
+        For Pyro's own losses, which give no bound per row, that is minus the loss over the rows that it stands for.
+        """
+        evaluate = getattr(self.objective, "evaluate", None)
+        with self.running():
+            if evaluate is None:
+                loss = self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
+                return loss, -loss.detach() / (self.num_data or self._rows(args, kwargs))
+            loss, bounds = evaluate(self.model, self.guide, *args, **kwargs)
+        rows = bounds.local.shape[0]
+        return loss, bounds.total / (bounds.scale * max(rows, 1))
+
+    def held_out_bound(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the bound of rows that are not trained on, in nats per row.
+
+        The globals' part is left out, but for Pyro's own losses, which do not tell it from the rows'.
+        """
+        evaluate = getattr(self.objective, "evaluate", None)
+        if evaluate is None:
+            with self.program.running():
+                loss = self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
+            structure = self.structure
+            is_sized = structure is not None and structure.full_size != structure.rows
+            return -loss / (structure.full_size if structure is not None and is_sized else self._rows(args, kwargs))
+        with self.running():
+            return evaluate(self.model, self.guide, *args, **kwargs).bounds.local.mean()
+
+    @staticmethod
+    def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        return batch_rows(args, kwargs) or 1
+
+    def running(self) -> Any:
+        """Run model and guide with this module's parameters and scale."""
+        plate = self.structure.data_plate if self.structure else None
+        return self.program.running(DataPlateScale(plate, self.num_data))
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield every parameter.
+
+        Raises:
+            ParameterError: If parameters may be missing because the programs have not run yet.
+        """
+        self._check_built()
+        return super().named_parameters(*args, **kwargs)
+
+    def _check_built(self) -> None:
+        if self.program.may_lack_parameters:
+            raise ParameterError(
+                "Parameters are read before model and guide have run, and some may not exist yet (pyro.param in a function, a "
+                "guide that builds itself). Call build(*batch) with one batch first."
+            )
