@@ -15,7 +15,7 @@ from pyro_aevb.diagnostics.comparison_result import Comparison
 from pyro_aevb.diagnostics.gap import InferenceGap, inference_gap
 from pyro_aevb.errors import SettingError
 from pyro_aevb.evidence.running import draw_globals
-from pyro_aevb.mcmc.nuts import nuts_posterior
+from pyro_aevb.mcmc.nuts import check_cost, nuts_posterior
 from pyro_aevb.mcmc.posterior import hmc_posterior
 from pyro_aevb.program.batch import as_tensors
 from pyro_aevb.program.rows import Rows, inferring
@@ -83,7 +83,7 @@ def trust_report(
         guide: The guide, trained.
         *batch: Some rows, as positional arguments of the model; tens or hundreds will do.
         against: ``"hmc"`` for :func:`~pyro_aevb.mcmc.posterior.hmc_posterior`, all rows at once; ``"nuts"`` for Pyro's own NUTS,
-            row by row (:func:`~pyro_aevb.mcmc.nuts.nuts_posterior`).
+            row by row (:func:`~pyro_aevb.mcmc.nuts.nuts_posterior`), whose cost is told, or refused, before the other parts run.
         sampling: Settings of the sampler, such as ``{"num_samples": 500}``.
         given: Values of the globals for the comparison; by default one draw from the guide.
         num_samples: Draws of the guide for each row in the comparison.
@@ -125,6 +125,8 @@ def trust_report(
     batch, covariates = as_tensors(batch, covariates)
     shared: dict[str, Any] = {"data_plate": data_plate, "seed": seed, "progress": progress, **covariates}
     globals_ = as_values(given) or _draw_globals(model, guide, batch, covariates, data_plate, seed)
+    if against == "nuts":
+        check_cost(model, *batch, given=globals_, **settings, **shared)
     # chains come last: what the other two refuse is known before
     calibration = (
         calibrate(model, guide, *batch, num_simulations=num_simulations, **shared) if num_simulations else None

@@ -4,11 +4,13 @@ Where :func:`~pyro_aevb.mcmc.posterior.hmc_posterior` moves all rows on a densit
 on one row after the other with its own potential, Jacobians, sampler and adaptation. Only the verdict is shared.
 """
 
+import inspect
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ from pyro_aevb.program.rows import inferring
 from pyro_aevb.program.settings import check_count, check_covariates, check_share
 from pyro_aevb.status import Status, judge
 
-__all__ = ["nuts_posterior"]
+__all__ = ["check_cost", "nuts_posterior"]
 
 _PILOT_SECONDS = 2.0
 _PILOT_TRANSITIONS = 40
@@ -111,19 +113,60 @@ def nuts_posterior(
     check_count("max_rows", max_rows)
     check_covariates(covariates, nuts_posterior)
     with inferring(seed, model):
-        rows = _Rows(LogDensity(model, *batch, data_plate=data_plate, given=given, **covariates))
-        key = int(torch.randint(2**31, ())) if seed is None else seed
-        estimate = _estimate_seconds(rows, settings, key)
-        _check_rows(rows.density.num_rows, max_rows, estimate, settings)
+        density = LogDensity(model, *batch, data_plate=data_plate, given=given, **covariates)
+        rows, key, estimate = _plan(density, settings, max_rows, seed)
         total = rows.density.num_rows * settings.transitions
         with tqdm(total=total, disable=not progress, unit="step", unit_scale=True, dynamic_ncols=True) as bar:
-            bar.set_description(f"NUTS, about {_duration(estimate)}")
+            bar.set_description(_cost(estimate))
             parts = [_draw_row(rows, row, settings, key, bar.update) for row in range(rows.density.num_rows)]
     result = concatenate(parts)
     if rows.structure.data_plate is None:
         result = replace(result, samples={name: value.squeeze(2) for name, value in result.samples.items()})
     result.warn_if_unreliable()
     return result
+
+
+def check_cost(model: PyroProgram, *batch: Any, **settings: Any) -> float:
+    """Refuse the rows that :func:`nuts_posterior` would refuse, and tell what the others would cost, before anything slower runs.
+
+    Costs its pilot, of at most two seconds.
+
+    Args:
+        model: The model.
+        *batch: Rows, as positional arguments of the model.
+        **settings: Of :func:`nuts_posterior`, ``progress`` for telling the cost, and the batch's keyword arguments.
+
+    Returns:
+        The seconds that all its rows and chains are estimated to take.
+
+    Raises:
+        SettingError: As there, for more rows than ``max_rows`` too.
+        ModelError: As there.
+        DataError: As there, but for starts of rows behind the first.
+
+    Example:
+        >>> from pyro_aevb.mcmc.nuts import check_cost
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         rate = pyro.sample("rate", dist.Gamma(2.0, 1.5))
+        ...         pyro.sample("x", dist.Poisson(rate), obs=x)
+        >>> check_cost(model, torch.ones(3), progress=False) > 0
+        True
+    """
+    call = inspect.signature(nuts_posterior).bind(model, *batch, **settings)
+    call.apply_defaults()
+    chosen = call.arguments
+    own = _Settings(**{setting.name: chosen[setting.name] for setting in fields(_Settings)})
+    check_count("max_rows", chosen["max_rows"])
+    check_covariates(chosen["covariates"], nuts_posterior)
+    with inferring(chosen["seed"], model):
+        density = LogDensity(
+            model, *batch, data_plate=chosen["data_plate"], given=chosen["given"], **chosen["covariates"]
+        )
+        _, _, estimate = _plan(density, own, chosen["max_rows"], chosen["seed"])
+    if chosen["progress"]:
+        tqdm.write(_cost(estimate), file=sys.stderr)
+    return estimate
 
 
 @dataclass(frozen=True)
@@ -217,6 +260,15 @@ class _Rows:
         density = self.density.rows(slice(row, row + 1))
         u = density.unconstrain(placed)
         return placed, u[:, 0], density.log_joint(u)[:, 0]
+
+
+def _plan(density: LogDensity, settings: _Settings, max_rows: int, seed: int | None) -> tuple[_Rows, int, float]:
+    """Return rows, the seed of their chains and the seconds that they are estimated to take; refuse too many."""
+    rows = _Rows(density)
+    key = int(torch.randint(2**31, ())) if seed is None else seed
+    estimate = _estimate_seconds(rows, settings, key)
+    _check_rows(density.num_rows, max_rows, estimate, settings)
+    return rows, key, estimate
 
 
 class _Watch:
@@ -329,12 +381,18 @@ def _check_rows(num_rows: int, max_rows: int, estimate: float, settings: _Settin
         raise SettingError(
             f"NUTS runs rows one by one, and is not started on more than max_rows = {max_rows} of them unasked; got {num_rows:,} "
             f"rows, whose {settings.num_chains} chains of {settings.num_samples + settings.warmup_steps} transitions would take "
-            f"about {estimate / 3600:.2g} hours. Take fewer rows, or say max_rows={num_rows}; hmc_posterior moves all rows at once."
+            f"about {_hours(estimate)} hours. Take fewer rows, or say max_rows={num_rows}; hmc_posterior moves all rows at once."
         )
 
 
-def _duration(seconds: float) -> str:
+def _cost(seconds: float) -> str:
     """Say how long that is."""
     if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+        return f"NUTS, about {seconds:.0f} s"
+    return f"NUTS, about {seconds / 60:.0f} min" if seconds < 6000 else f"NUTS, about {_hours(seconds)} h"
+
+
+def _hours(seconds: float) -> str:
+    """Return hours to two digits, from 10 hours up in whole ones."""
+    hours = seconds / 3600
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"

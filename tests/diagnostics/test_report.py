@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pyro_aevb import AEVB, trust_report
+from pyro_aevb.diagnostics import report as module
 from pyro_aevb.errors import ModelError, SettingError
 from pyro_aevb.mcmc.convergence import mean_ess
 from pyro_aevb.testing import LinearGaussian
@@ -145,6 +146,30 @@ def test_a_whole_model_is_one_row(against, scale):
 def test_settings_are_checked(exact, settings, message):
     with pytest.raises(SettingError, match=message):
         report(exact.model, exact.guide, rows_of(exact, 1), **settings)
+
+
+def test_rows_that_nuts_refuses_are_refused_before_anything_runs(exact, monkeypatch):
+    """Of 60,000 rows, the other parts take minutes."""
+    called = []
+    for part in ("calibrate", "inference_gap", "nuts_posterior", "compare_posteriors"):
+        monkeypatch.setattr(module, part, lambda *batch, part=part, **settings: called.append(part))
+    vi = AEVB(exact.model, exact.guide)
+    x = rows_of(exact, 2).repeat(30_000, 1)
+    with pytest.raises(SettingError, match=r"60,000 rows.*4 chains of 1000 transitions.*hours.*max_rows=60000"):
+        vi.compare(x, against="nuts", progress=False)
+    small = {"max_rows": 1, "num_chains": 2, "num_samples": 100, "warmup_steps": 20}
+    with pytest.raises(SettingError, match=r"2 rows, whose 2 chains of 120 transitions"):
+        report(exact.model, exact.guide, x[:2], against="nuts", sampling=small)
+    assert called == []
+
+
+def test_what_nuts_costs_is_told_before_the_other_parts_run(exact, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(module, "calibrate", lambda *batch, **settings: told.append(capsys.readouterr().err))
+    short = {"num_samples": 50, "warmup_steps": 20, "num_chains": 2}
+    settings = {"sampling": short, "ledger": False, "progress": True}
+    report(exact.model, exact.guide, rows_of(exact, 1), against="nuts", **settings)
+    assert told[0].startswith("NUTS, about ")
 
 
 def test_the_wrapper_compares_with_its_own_parts(exact):

@@ -1,6 +1,8 @@
 """Pyro's NUTS row by row: against exact posteriors, with scales, masks and globals as a row's posterior has them."""
 
 import warnings
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -12,9 +14,10 @@ from scipy import stats
 from torch import Tensor
 
 from pyro_aevb.errors import DataError, ModelError, SettingError, UnreliableWarning
+from pyro_aevb.mcmc import nuts
 from pyro_aevb.mcmc.convergence import mean_ess
 from pyro_aevb.mcmc.draws import PosteriorDraws
-from pyro_aevb.mcmc.nuts import nuts_posterior
+from pyro_aevb.mcmc.nuts import check_cost, nuts_posterior
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.testing import GammaPoisson, NormalNormal
 
@@ -124,15 +127,60 @@ def test_the_whole_model_as_one_row() -> None:
         check(draws.samples[name], posterior[name].mean, posterior[name].stddev)
 
 
+# What it costs
+
+
+def tick(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let each look at the clock, of which there is one a transition, take so long."""
+    clock = count(0.0, seconds)
+    monkeypatch.setattr(nuts, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.25, 3.0])
+def test_the_cost_is_that_of_every_transition_of_every_row(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, _ = GammaPoisson.fixture()
+    x, _ = exact.simulate(3, seed=5)
+    tick(monkeypatch, seconds)
+    settings = {"num_chains": 6, "num_samples": 30, "warmup_steps": 40, "seed": 0, "progress": False}
+    for rows in (1, 3):
+        assert check_cost(exact.model, x[:rows], **settings) == pytest.approx(rows * 6 * (30 + 40) * seconds)
+    assert check_cost(exact.model, x, **(settings | {"num_samples": 60})) == pytest.approx(3 * 6 * 100 * seconds)
+    assert check_cost(exact.model, x, progress=False) == pytest.approx(3 * 4 * 1000 * seconds)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.1, "about 12 s"), (1.0, "about 2 min"), (60.0, "about 2 h"), (999.0, "about 33 h"), (5e4, "about 1,667 h")],
+)
+def test_the_cost_is_told(
+    seconds: float, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exact, _ = GammaPoisson.fixture()
+    x, _ = exact.simulate(2, seed=5)
+    tick(monkeypatch, seconds)
+    settings = {"num_samples": 20, "warmup_steps": 10, "seed": 0}  # 2 rows of 2 chains: 120 transitions
+    draw(exact.model, x, progress=True, **settings)
+    shown = capsys.readouterr().err
+    assert f"NUTS, {text}: " in shown
+    assert "120/120" in shown
+    tick(monkeypatch, seconds)
+    check_cost(exact.model, x, num_chains=2, **settings)
+    assert capsys.readouterr().err == f"NUTS, {text}\n"
+
+
 # Refused
 
 
-def test_many_rows_are_refused_with_the_hours_they_would_take() -> None:
+def test_many_rows_are_refused_with_the_hours_they_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
     exact, _ = GammaPoisson.fixture()
     x, _ = exact.simulate(2, seed=5)
     many = x.repeat(30_000, *(1,) * (x.dim() - 1))
-    with pytest.raises(SettingError, match=r"max_rows = 100.*60,000 rows.*about [\d.e+]+ hours.*max_rows=60000"):
-        draw(exact.model, many)
+    for seconds, hours in ((0.0006, "3.2"), (0.006, "32"), (0.6, "3,200")):
+        tick(monkeypatch, seconds)
+        with pytest.raises(SettingError, match=rf"max_rows = 100.*60,000 rows.*about {hours} hours.*max_rows=60000"):
+            draw(exact.model, many)
+        with pytest.raises(SettingError, match=rf"about {hours} hours"):
+            check_cost(exact.model, many, num_chains=2, num_samples=100, warmup_steps=60)
     with pytest.raises(SettingError, match=r"max_rows = 1 of"):
         draw(exact.model, x, max_rows=1)
 
