@@ -220,7 +220,7 @@ def _read_nodes(model: PyroProgram, guide: PyroProgram | None, args: Args, kwarg
                 with explained("model", args, kwargs):
                     own = sample_sites(poutine.trace(model).get_trace(*args, **kwargs))
                 _check_event_shapes(own, guide_nodes)
-                _check_value_shapes(own, guide_nodes)
+                _check_value_shapes(own, guide_nodes, batch_rows(args, kwargs))
             raise
     return nodes, guide_nodes
 
@@ -228,18 +228,19 @@ def _read_nodes(model: PyroProgram, guide: PyroProgram | None, args: Args, kwarg
 def _check_event_shapes(nodes: Nodes, guide_nodes: Nodes) -> None:
     """Tell a model that fails on the guide's values for their shape from one that fails by itself."""
     for name in nodes.keys() & guide_nodes.keys():
-        check_event_shape(name, nodes[name]["fn"], guide_nodes[name]["fn"])
+        if not nodes[name]["is_observed"]:
+            check_event_shape(name, nodes[name]["fn"], guide_nodes[name]["fn"])
 
 
-def _check_value_shapes(nodes: Nodes, guide_nodes: Nodes) -> None:
-    """Tell a guide that holds values of rows of its own from a model that fails.
+def _check_value_shapes(nodes: Nodes, guide_nodes: Nodes, rows: int | None) -> None:
+    """Tell a guide that holds values of rows of its own, rather than of the batch's, from a model that fails.
 
     Raises:
         ModelError: Naming the site and both shapes.
     """
     for name in nodes.keys() & guide_nodes.keys():
         own, theirs = tuple(nodes[name]["value"].shape), tuple(guide_nodes[name]["value"].shape)
-        if own != theirs:
+        if own != theirs and rows not in theirs:
             raise ModelError(
                 f"The model fails on the guide's values: site {name!r} has the shape {list(theirs)} in the guide and {list(own)} "
                 "in the model. A guide that holds numbers for each row, as Pyro's automatic guides do, runs with all of its rows "
