@@ -17,6 +17,7 @@ from pyro_aevb._types import PyroProgram, Values
 from pyro_aevb.diagnostics.ranks import RankTest, rank_among
 from pyro_aevb.diagnostics.tarp import TarpCoverage, scaled_distances
 from pyro_aevb.errors import GuideError, NonFiniteError, SettingError
+from pyro_aevb.guides.refinement import RefinableGuide
 from pyro_aevb.program.batch import as_tensors
 from pyro_aevb.program.blocks import BLOCK_DRAWS
 from pyro_aevb.program.density import LogDensity
@@ -209,7 +210,8 @@ def calibrate(
     Raises:
         SettingError: If a setting is out of range or unknown, or there are no rows to recycle.
         ModelError: If the model is not supported or draws its own rows, or an observation can't be written back.
-        GuideError: If the guide does not fit the model, does not read the data, draws auxiliary sites or is a point.
+        GuideError: If the guide does not fit the model, does not read the data or was refined on rows, draws auxiliary sites or
+            is a point.
         NonFiniteError: If a quantity is NaN.
 
     Example:
@@ -253,9 +255,17 @@ def calibrate(
 def _check_reads_data(guide: PyroProgram) -> None:
     """Refuse Pyro's automatic guides, whose q is that of the data that they were fitted to, whatever data they are given.
 
+    Refined guides of ours are refused too: what they gained belongs to the rows that they were refined on.
+
     Raises:
         GuideError: Naming the class.
     """
+    if isinstance(guide, RefinableGuide) and guide.is_refined:
+        raise GuideError(
+            f"A guide is asked for the posterior of data that the model makes, and this {type(guide).__name__} was refined: it "
+            "holds numbers of its own rows, and what they gained reaches no others. Give the guide that it was made from, or "
+            "leave calibration out of a report with num_simulations=0."
+        )
     is_of_pyro = type(guide).__module__.startswith("pyro.infer.autoguide.")
     if is_of_pyro and not isinstance(guide, AutoCallable | AutoGuideList):
         raise GuideError(

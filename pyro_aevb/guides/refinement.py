@@ -349,6 +349,11 @@ class RefinableGuide(AutoGuide):
         return other
 
     @property
+    def is_refined(self) -> bool:
+        """Whether rows that it was refined on have variational parameters of their own."""
+        return isinstance(self._row_offsets, _Refinement)
+
+    @property
     def improvement(self) -> PerRow:
         """Nats that each row's bound gained when the guide was refined, in the batch's order; 0 where the row stayed as it was.
 

@@ -11,8 +11,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from pyro_aevb import AEVB
 from pyro_aevb.diagnostics.calibration import TEST_QUANTITIES, Calibration, calibrate
 from pyro_aevb.errors import GuideError, ModelError, NonFiniteError, SettingError
+from pyro_aevb.guides.normal import AutoAmortizedNormal
 from pyro_aevb.testing import BetaBinomial, GammaPoisson, HierarchicalNormal, LinearGaussian, NormalNormal
 
 
@@ -314,6 +316,20 @@ def lost_guide(x: Tensor, weight: Tensor) -> None:
     """Lose its way far out."""
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(torch.where(x > 3, math.nan, x), weight))
+
+
+def test_a_guide_that_was_refined_is_refused():
+    """Its offsets belong to the rows that it was refined on, and simulated rows would be given the encoder's output."""
+    exact, template = LinearGaussian.fixture()
+    guide = AutoAmortizedNormal(exact.model)
+    refined = guide.refine(template, num_steps=2, num_particles=2)
+    with pytest.raises(GuideError, match=r"AutoAmortizedNormal was refined.*num_simulations=0"):
+        run(exact.model, refined, template)
+    assert len(run(exact.model, guide, template, num_simulations=20)) == 20
+    few = {"sampling": {"num_samples": 20, "warmup_steps": 10}, "ledger": False, "seed": 0, "progress": False}
+    with pytest.raises(GuideError, match="was refined"):
+        AEVB(exact.model, refined).compare(template, **few)
+    assert AEVB(exact.model, refined).compare(template, num_simulations=0, **few).calibration is None
 
 
 def test_what_cannot_be_calibrated_is_refused():
