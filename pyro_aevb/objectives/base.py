@@ -75,7 +75,7 @@ class Objective(ELBO):
             a stochastic lower bound on log p(x). Cost: S * K evaluations of model and guide per row.
         """
         with torch.no_grad():
-            return self.evaluate(model, guide, *args, **kwargs).bounds
+            return self._bounds(self.read(model, guide, *args, **kwargs), args, kwargs)
 
     def evaluate(self, model: PyroProgram, guide: PyroProgram, *args: Any, **kwargs: Any) -> Evaluation:
         """Estimate loss and bounds from one draw."""
@@ -104,6 +104,10 @@ class Objective(ELBO):
     @abstractmethod
     def _evaluate(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> Evaluation:
         """Draw once and return loss and bounds."""
+
+    def _bounds(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> Bounds:
+        """Draw once and return the bounds; what only a loss needs may be left out."""
+        return self._evaluate(program, args, kwargs).bounds
 
     def with_data_plate(self, data_plate: str | None) -> "Objective":
         """Return this objective for another data plate.

@@ -33,7 +33,8 @@ class WakeSleep(Objective):
     the ELBO's; the guide descends :math:`KL(p(z | x) \| q(z | x))` averaged over the model's data, not over the given ones.
 
     The loss is no bound and its size means nothing. :meth:`bounds`, and with them history and early stopping of
-    :func:`pyro_aevb.fit`, give the ELBO of the wake phase's draws (arXiv 1312.6114, Eq 6), which training does not maximize.
+    :func:`pyro_aevb.fit`, give the ELBO of the wake phase's draws (arXiv 1312.6114, Eq 6), which training does not maximize and
+    which needs no dream.
 
     Guides need no ``rsample``. Costs three runs of the model, one with gradients, and two of the guide, one with gradients.
 
@@ -82,6 +83,14 @@ class WakeSleep(Objective):
             )
 
     def _evaluate(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> Evaluation:
+        wake, bounds = self._wake(program, args, kwargs)
+        return Evaluation(-(wake + self._dream(program, args, kwargs)), bounds)
+
+    def _bounds(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> Bounds:
+        return self._wake(program, args, kwargs)[1]
+
+    def _wake(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> tuple[Scalar, Bounds]:
+        """Draw latents from the guide and return log p(x, z), scaled and summed, and the ELBO."""
         axes = ParticleAxes()
         with torch.no_grad():
             guide = program.sample_guide(args, kwargs, axes)
@@ -89,9 +98,7 @@ class WakeSleep(Objective):
         terms = program.terms(program.score_model(args, kwargs, axes, values), guide, axes)
         elbo = terms.log_weights().elbo()
         local, global_ = _log_joint(terms)
-        wake = global_.sum() + terms.scale * local.sum()
-        sleep = self._dream(program, args, kwargs)
-        return Evaluation(-(wake + sleep), Bounds(elbo.local.detach(), elbo.global_.detach(), elbo.scale))
+        return global_.sum() + terms.scale * local.sum(), Bounds(elbo.local.detach(), elbo.global_.detach(), elbo.scale)
 
     def _dream(self, program: ImportanceProgram, args: Args, kwargs: Kwargs) -> Scalar:
         """Draw a batch from the model and return the sum of log q(z' | x') over its rows."""

@@ -177,6 +177,74 @@ def test_computed_observations_need_to_batch() -> None:
     assert abs(result.module.program.pyro_params()["slope"].item() - 0.5) < 0.15
 
 
+def test_bounds_need_no_dream() -> None:
+    """Observations that are no views of an argument can't be dreamt without to_batch, and have an ELBO all the same."""
+    inputs: list[Tensor] = []
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x / 10)
+
+    def guide(x: Tensor) -> None:
+        inputs.append(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 20, 0.5**0.5))  # exact at loc = 0: every draw's bound is log p(x)
+
+    x = torch.tensor([0.0, -7.0, 30.0])
+    bounds = WakeSleep().bounds(model, guide, x)
+    torch.testing.assert_close(bounds.local, Normal(0.0, 2.0**0.5).log_prob(x / 10), rtol=1e-12, atol=0.0)
+    assert all(torch.equal(given, x) for given in inputs)
+    for train in (WakeSleep().loss, WakeSleep().loss_and_grads, WakeSleep()(model, guide)):
+        batch = (x,) if isinstance(train, nn.Module) else (model, guide, x)
+        with pytest.raises(ModelError, match="to_batch"):
+            train(*batch)
+    with pytest.raises(ModelError, match="to_batch"):
+        fit(model, guide, WakeSleep(), x, num_epochs=1, progress=False)
+
+
+class Walking(nn.Module):
+    """z ~ N(theta, 1), x ~ N(z, 1), with the posterior as guide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(0.0))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.theta, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((self.theta.detach() + x) / 2, 0.5**0.5))
+
+
+def test_patience_goes_by_the_elbo_of_other_rows() -> None:
+    """The model walks from 0 towards 5 and passes the held-out rows at 2, with the exact posterior as its guide on the way."""
+    model, thetas = Walking(), []
+    held_out = torch.full((3,), 2.0)
+    result = fit(
+        model.model,
+        model.guide,
+        WakeSleep(),
+        torch.full((200,), 5.0),
+        num_epochs=200,
+        optimizer=partial(torch.optim.SGD, lr=1e-3),
+        validation=held_out,
+        patience=3,
+        callbacks=[lambda event: thetas.append(model.theta.item())],
+        seed=0,
+        progress=False,
+    )
+    found = torch.tensor([record["validation_bound"] for record in result.history])
+    torch.testing.assert_close(found, Normal(torch.tensor(thetas), 2.0**0.5).log_prob(torch.tensor(2.0)))
+    assert result.stopped_by == "patience"
+    assert result.best_epoch == 1 + int((torch.tensor(thetas) - 2).abs().argmin())
+    assert 3 < len(thetas) == result.best_epoch + 3
+    assert model.theta.item() == thetas[result.best_epoch - 1]
+
+
 # Reweighted wake-sleep
 
 
