@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
+from pyro_aevb.diagnostics import comparison
 from pyro_aevb.diagnostics.comparison import compare_posteriors
 from pyro_aevb.diagnostics.comparison_plots import plot_comparison
 from pyro_aevb.diagnostics.comparison_result import Comparison
@@ -96,6 +97,35 @@ def test_divergences_of_a_mean_field_guide_are_those_of_two_normals(
     assert (moments.mean_error.abs() < 4.5 * moments.mean_error_se).all()
     assert found.k_hat.median() > 0.7
     assert (found.sites["z"].c2st > 0.6).all()
+
+
+def halves(x: Tensor) -> None:
+    """Give each row the posterior N(x / 2, 1 / 2)."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_errors_of_divergences_are_their_spread_over_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 rows: the variance of a standard score has standard deviation 0.045, and estimated ESS widens it a little."""
+    monkeypatch.setattr(comparison, "classify", lambda *draws: (math.nan, math.nan))  # nearly all of the time
+    x, shift, ratio = torch.linspace(-3.0, 3.0, 1000, dtype=torch.float64), 0.3, 0.8
+    noise = torch.randn(4, 250, 1000, dtype=torch.float64)
+    for step in range(1, 250):  # chains as they are: autocorrelated
+        noise[:, step] = 0.6 * noise[:, step - 1] + 0.8 * noise[:, step]
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + 0.5**0.5 * shift, 0.5**0.5 * ratio))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference = as_chains(LogDensity(halves, x), {"z": x / 2 + 0.5**0.5 * noise})
+        found = compare(guide, reference, x, model=halves, num_samples=300)
+    exact = (ratio**2 + ratio**-2 - 2) / 2 + shift**2 * (1 + ratio**-2) / 2
+    score = (found.divergence - exact) / found.divergence_se
+    assert abs(score.mean()) < 0.15
+    assert 0.8 < score.var() < 1.25
 
 
 def test_a_whole_model_is_one_row() -> None:

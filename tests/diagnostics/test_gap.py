@@ -14,9 +14,11 @@ from torch import nn
 from pyro_aevb import SGVB, AutoAmortizedMultivariateNormal, AutoAmortizedNormal, fit
 from pyro_aevb.diagnostics.gap import InferenceGap, _judge, inference_gap
 from pyro_aevb.diagnostics.gap_plots import plot_gap
-from pyro_aevb.diagnostics.row_bounds import RowBounds
+from pyro_aevb.diagnostics.row_bounds import RowBounds, Search, draw_bounds
 from pyro_aevb.errors import DataError, GuideError, SettingError, UnreliableWarning
 from pyro_aevb.evidence.averages import from_log_weights
+from pyro_aevb.program.density import LogDensity
+from pyro_aevb.program.proposal import GuideDensity
 from pyro_aevb.status import Status
 from pyro_aevb.testing import GammaPoisson, LinearGaussian, NormalNormal
 
@@ -55,6 +57,36 @@ def test_gaps_of_a_trained_guide_are_the_known_ones(family):
     assert abs(gap.amortization_gap.mean().item()) <= 0.02
     assert family.__name__ in gap.family
     assert within(gap.log_marginal.value, EXACT.log_marginal(torch.cat([X, x])), gap.log_marginal.standard_error)
+
+
+def test_errors_of_bounds_are_their_spread_over_many_rows():
+    """1,000 rows: the variance of a standard score has standard deviation 0.045, that of a sample's variance adds little."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def other(x, shift, ratio):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + 0.5**0.5 * shift, 0.5**0.5 * ratio))
+
+    x = torch.linspace(-3.0, 3.0, 1000, dtype=torch.float64)
+    density, pair = LogDensity(model, x), ((0.5, 0.7), (0.3, 0.8))
+    guide, best = (GuideDensity(functools.partial(other, shift=a, ratio=b), density) for a, b in pair)
+    found = draw_bounds(density, guide, best, 700, Search(1, 0.1, 1, None, progress=False))  # two blocks of draws
+    log_p = torch.distributions.Normal(0.0, 2.0**0.5).log_prob(x)
+    first, second = (log_p - (b**2 + a**2 - 1) / 2 + math.log(b) for a, b in pair)
+    for value, error in (
+        (found.bound - first, found.bound_error),
+        (found.best_bound - second, found.best_error),
+        (found.best_bound - found.bound - (second - first), found.amortization_error),
+    ):
+        score = value / error
+        assert abs(score.mean()) < 0.15
+        assert 0.8 < score.var() < 1.25
+    # common noise: the difference is known better than two bounds of draws of their own would tell
+    assert (found.amortization_error < 0.95 * found.bound_error.hypot(found.best_error)).double().mean() > 0.9
 
 
 @dataclass(eq=False)
