@@ -1,7 +1,7 @@
 """Draws in ArviZ: the groups, names and numbers, under the ArviZ that is installed and under 1.x where a Python 3.12 is found."""
 
 import json
-import shutil
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -304,17 +304,50 @@ print(json.dumps({
 """
 
 
+def working_python() -> tuple[Path | None, list[str]]:
+    """Find a python3.12 on the path or among pyenv's that says its version, and what those before it answered.
+
+    A shim of pyenv answers for no version where none of 3.12 is chosen.
+    """
+    folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    folders += [version / "bin" for version in sorted(pyenv.glob("versions/3.12*"))]
+    answers = []
+    for python in (folder / "python3.12" for folder in folders):
+        if not os.access(python, os.X_OK):
+            continue
+        answer = subprocess.run([str(python), "--version"], capture_output=True, text=True, check=False)
+        if answer.returncode == 0 and answer.stdout.startswith("Python 3.12"):
+            return python, answers
+        answers.append(f"{python}: {' '.join((answer.stderr or answer.stdout).split())[:100]}")
+    return None, answers
+
+
+def test_a_python_that_does_not_run_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A dead shim on the path comes before a Python that runs."""
+    places = {"shims": "echo 'command not found' >&2; exit 127", "pyenv/versions/3.12.9/bin": "echo Python 3.12.9"}
+    for folder, body in places.items():
+        path = tmp_path / folder / "python3.12"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "nowhere"), str(tmp_path / "shims")]))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    python, answers = working_python()
+    assert python == tmp_path / "pyenv/versions/3.12.9/bin/python3.12"
+    assert answers == [f"{tmp_path / 'shims' / 'python3.12'}: command not found"]
+    python.unlink()
+    assert working_python() == (None, answers)
+
+
 @pytest.fixture(scope="module")
 def python_with_arviz_1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a Python 3.12 that has ArviZ 1.x, in an environment made for the test; skip by name where there can be none."""
-    python = shutil.which("python3.12")
+    python, answers = working_python()
     if python is None:
-        pytest.skip("no python3.12 on the path: ArviZ 1.x needs one")
-    answer = subprocess.run([python, "--version"], capture_output=True, text=True, check=False)
-    if answer.returncode or not answer.stdout.startswith("Python 3.12"):
-        pytest.skip(f"python3.12 does not run: {' '.join((answer.stderr or answer.stdout).split())[:100]}")
+        pytest.skip(f"no python3.12 that runs, and ArviZ 1.x needs one: {'; '.join(answers) or 'none found'}")
     folder = tmp_path_factory.mktemp("arviz") / "environment"
-    made = subprocess.run([python, "-m", "venv", str(folder)], capture_output=True, text=True, check=False)
+    made = subprocess.run([str(python), "-m", "venv", str(folder)], capture_output=True, text=True, check=False)
     if made.returncode:
         pytest.skip(f"python3.12 makes no environment: {made.stderr.strip()[:100]}")
     install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "arviz>=1,<2", "matplotlib"]
