@@ -25,6 +25,7 @@ from pyro_aevb.objectives.importance_weighted import IWELBO
 from pyro_aevb.objectives.sgvb import SGVB
 from pyro_aevb.objectives.wake_sleep import ReweightedWakeSleep, WakeSleep
 from pyro_aevb.prediction import embed, posterior, predict, reconstruct, simulate
+from pyro_aevb.program.compiling import Compile, check_compile
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.settings import check_covariates, check_settings
 from pyro_aevb.randomness import seeded
@@ -32,6 +33,7 @@ from pyro_aevb.training.checkpoint import describe, read_header, restore, save
 from pyro_aevb.training.data import Batch, as_batch
 from pyro_aevb.training.loop import FitResult, fit_module
 from pyro_aevb.training.preparation import build
+from pyro_aevb.training.staged import Staging
 from pyro_aevb.training.stepper import Stepper, default_optimizer
 
 __all__ = ["AEVB"]
@@ -55,7 +57,7 @@ class AEVB:
         data_plate: Name of the plate whose indices are rows; ``"auto"`` for the plate called "data", else the only outermost
             plate of the batch's rows; ``None`` for a model without rows.
         num_data: Rows of the whole data set; by default those that ``fit`` gets.
-        compile: ``False``; programs run eagerly in this version.
+        compile: Whether programs are recorded and compiled: ``True``, ``False``, or ``"auto"`` where it repays; ``fit`` says more.
 
     Attributes:
         model: The model, as given.
@@ -95,13 +97,10 @@ class AEVB:
         *,
         data_plate: str | None = "auto",
         num_data: int | None = None,
-        compile: bool = False,  # noqa: A002  torch's own word
+        compile: Compile = "auto",  # noqa: A002  torch's own word
     ) -> None:
         guide = AutoAmortizedNormal(model, data_plate=data_plate) if guide is None else guide
-        if compile is not False:
-            raise SettingError(
-                f"compile must be False in this version, got {compile!r}; pyro_aevb.stage records a graph."
-            )
+        check_compile(compile)
         objective = objective if objective is not None else SGVB(data_plate=data_plate)
         if isinstance(objective, Objective):
             objective = objective.with_data_plate(data_plate)
@@ -111,6 +110,7 @@ class AEVB:
         self.objective = objective
         self.data_plate = data_plate
         self.num_data = num_data
+        self.compile = compile
         self.result: FitResult | None = None
         self._module = ObjectiveModule(model, guide, objective, num_data=num_data, data_plate=data_plate)
         self._stepper: Stepper | None = None
@@ -128,7 +128,7 @@ class AEVB:
         Args:
             data: A tensor, a tuple, list or mapping of tensors with rows on axis 0, a Dataset or a DataLoader.
             **settings: ``num_epochs``, ``batch_size``, ``optimizer``, ``learning_rate``, ``schedule``, ``clip_norm``,
-                ``validation``, ``patience``, ``seed``, ``fabric``, ``max_skipped``, ``callbacks``, ``progress``.
+                ``validation``, ``patience``, ``seed``, ``fabric``, ``compile``, ``max_skipped``, ``callbacks``, ``progress``.
 
         Returns:
             The history, in nats per row.
@@ -138,7 +138,7 @@ class AEVB:
         """
         check_settings(settings, fit_module)
         self._module.num_data = self.num_data
-        self.result = fit_module(self._module, data, **settings)
+        self.result = fit_module(self._module, data, **{"compile": self.compile, **settings})
         if self._module.example is not None:
             self._keep_template(Batch(self._module.example[0], dict(self._module.example[1])))
         return self.result
@@ -177,7 +177,7 @@ class AEVB:
                 "The model has globals, which need to know how many rows there are: AEVB(..., num_data=...)."
             )
         self._keep_template(rows)
-        return Stepper(self._module, default_optimizer(learning_rate))
+        return Stepper(self._module, default_optimizer(learning_rate), staging=Staging(compile=self.compile))
 
     def posterior(self, *batch: Any, num_samples: int = 1000, **settings: Any) -> Values:
         """Draw the latents of rows, seen in training or not: :func:`pyro_aevb.prediction.posterior`.

@@ -374,8 +374,11 @@ SETTINGS = {
     "patience without validation": Case(fitting(patience=3), SettingError, "patience needs validation.*got 3"),
     "patience below 1": Case(fitting(patience=0, validation=X), SettingError, "patience.*got 0"),
     "skipping below 0": Case(fitting(max_skipped=-1), SettingError, "max_skipped.*got -1"),
+    "compilation in fit": Case(fitting(compile=1), SettingError, "compile must be 'auto', True or False, got 1"),
     "compilation": Case(
-        lambda model, guide, folder: AEVB(model, guide, compile="auto"), SettingError, "compile must be False"
+        lambda model, guide, folder: AEVB(model, guide, compile="yes"),
+        SettingError,
+        "compile must be 'auto'.*got 'yes'",
     ),
     "two data plates": Case(
         lambda model, guide, folder: AEVB(model, guide, SGVB(data_plate="a"), data_plate="b"), SettingError, "'a'.*'b'"

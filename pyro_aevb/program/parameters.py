@@ -29,7 +29,16 @@ from pyro_aevb.program.reach import code_names, find_modules, modules_below
 from pyro_aevb.program.settings import check_programs
 from pyro_aevb.randomness import preserved_rng
 
-__all__ = ["Program", "detaching", "evaluating", "preserved_buffers", "preserved_param_store", "preserved_state"]
+__all__ = [
+    "Program",
+    "detaching",
+    "evaluating",
+    "preserved_buffers",
+    "preserved_param_store",
+    "preserved_state",
+    "swapped_buffers",
+    "swapped_parameters",
+]
 
 
 @contextmanager
@@ -38,21 +47,28 @@ def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     The block works on copies of the buffers: writing saved values back would touch tensors that a backward pass still needs.
     """
+    with preserved_rng(), swapped_buffers(modules, _copied):
+        yield
+
+
+@contextmanager
+def swapped_buffers(modules: Iterable[nn.Module], replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Put other tensors in the place of modules' buffers; a buffer that two modules share is replaced in each."""
     every = modules_below(modules)
     saved = [dict(module._buffers) for module in every]
-    with preserved_rng():
-        try:
-            for module in every:
-                module._buffers.update({name: _copied(buffer) for name, buffer in module._buffers.items()})
-            yield
-        finally:
-            for module, buffers in zip(every, saved, strict=True):
-                module._buffers.update(buffers)
+    try:
+        for module in every:
+            swapped = {name: item if item is None else replace(item) for name, item in module._buffers.items()}
+            module._buffers.update(swapped)
+        yield
+    finally:
+        for module, buffers in zip(every, saved, strict=True):
+            module._buffers.update(buffers)
 
 
-def _copied(buffer: Tensor | None) -> Tensor | None:
+def _copied(buffer: Tensor) -> Tensor:
     """Copy a buffer; one that a lazy module has yet to make stays, and is made."""
-    return buffer if buffer is None or is_lazy(buffer) else buffer.detach().clone()
+    return buffer if is_lazy(buffer) else buffer.detach().clone()
 
 
 @contextmanager
@@ -124,21 +140,21 @@ class _DetachParameters(Messenger):
 
 
 @contextmanager
-def _swapped_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put detached tensors in the place of modules' parameters.
+def swapped_parameters(modules: Iterable[nn.Module], replace: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
+    """Put other tensors in the place of modules' parameters.
 
     ``torch.func.functional_call`` does not serve: it loses the parameters of a module that is registered under two names.
+
+    Args:
+        modules: The modules, with all that they hold.
+        replace: From a parameter to what stands in its place; called once for each parameter.
     """
     every = modules_below(modules)
     saved = [dict(module._parameters) for module in every]
-    detached = {
-        id(parameter): parameter.detach() for held in saved for parameter in held.values() if parameter is not None
-    }
+    others = {id(item): replace(item) for held in saved for item in held.values() if item is not None}
     try:
         for module, held in zip(every, saved, strict=True):
-            swapped: Any = {
-                name: parameter if parameter is None else detached[id(parameter)] for name, parameter in held.items()
-            }
+            swapped: Any = {name: item if item is None else others[id(item)] for name, item in held.items()}
             module._parameters.update(swapped)
         yield
     finally:
@@ -155,7 +171,7 @@ def detaching(modules: Iterable[nn.Module]) -> Iterator[None]:
     since a flow reads its parameters only when it is weighed.
     """
     # pyro.module warns for each parameter that does not require a gradient, which here is the point
-    with _DetachParameters(), _swapped_parameters(modules), warnings.catch_warnings():
+    with _DetachParameters(), swapped_parameters(modules, Tensor.detach), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*was not registered in the param store.*")
         yield
 

@@ -5,6 +5,11 @@ wrong (custom backward, tensor hooks, numbers that change) is caught by the gate
 must agree in the loss and in every gradient, else the eager module is used, with a warning that says why.
 """
 
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pyro
@@ -18,7 +23,7 @@ from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.parameters import preserved_state
 from pyro_aevb.randomness import preserved_rng
 
-__all__ = ["record", "stage"]
+__all__ = ["compare", "first_line", "is_close", "record", "stage"]
 
 _SEED = 13126114
 """Seed of the gate's two runs: none that a user's program is likely to be recorded under, so that frozen noise shows."""
@@ -48,15 +53,20 @@ def stage(
     return record(module.build(*batch), *batch)
 
 
-def record(module: nn.Module, *inputs: Tensor) -> nn.Module:
+def record(module: nn.Module, *inputs: Any, **named: Any) -> nn.Module:
     """Record one run of a module as a graph, and return it if its loss and gradients are those of an eager run.
 
     Args:
-        module: A module that returns a scalar.
+        module: A module that returns a scalar loss, or a tuple that begins with one.
         *inputs: Tensors to record with; later calls must have their shapes.
+        **named: Such tensors as keyword arguments.
+
+    Returns:
+        The graph, which shares the module's parameters and buffers; the module itself, after a
+        :class:`~pyro_aevb.errors.StagingWarning`, where the graph would not give the same numbers.
     """
-    with preserved_state([module], evaluate=False):
-        unknown = _unknown_leaves(module, module(*inputs))
+    with preserved_state([module], evaluate=False), pyro.validation_enabled(False):
+        unknown = _unknown_leaves(module, _loss(module(*inputs, **named)))
     if unknown:
         return _eager(
             module,
@@ -65,12 +75,28 @@ def record(module: nn.Module, *inputs: Tensor) -> nn.Module:
         )
     try:
         # a graph holds the very buffers that the module has while it is recorded, so that these are not put aside
-        with preserved_rng(), pyro.get_param_store().scope(), pyro.validation_enabled(False):
-            graph = torch.export.export(module, inputs, strict=False).module()
+        with preserved_rng(), pyro.get_param_store().scope(), pyro.validation_enabled(False), _quiet():
+            graph = torch.export.export(module, inputs, named, strict=False).module()
     except Exception as error:
-        return _eager(module, f"it can't be recorded ({_first_line(error)})")
-    reason = _difference(module, graph, inputs)
+        return _eager(module, f"it can't be recorded ({first_line(error)})")
+    reason = compare(module, graph, inputs, named)
     return _eager(module, reason) if reason else graph
+
+
+def _loss(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from printing whole graphs where a recording fails: the warning says why in a line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _eager(module: nn.Module, reason: str) -> nn.Module:
@@ -78,9 +104,13 @@ def _eager(module: nn.Module, reason: str) -> nn.Module:
     return module
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0].strip()[:200]}"
+def first_line(error: BaseException) -> str:
+    """Return an error's first cause: its type, the first line of its message, and the user's line where it tells."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    where = [after for line, after in pairwise(lines) if line.startswith("The following call raised this error")]
+    return f"{type(error).__name__}: {lines[0][:200]}" + (f" at {where[0]}" if where else "")
 
 
 def _unknown_leaves(module: nn.Module, loss: Tensor) -> list[list[int]]:
@@ -117,33 +147,33 @@ class _Run(NamedTuple):
     rebound: list[str]
 
 
-def _difference(module: nn.Module, graph: nn.Module, inputs: tuple[Tensor, ...]) -> str:
+def compare(module: nn.Module, graph: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> str:
     """Compare an eager and a recorded run under one seed; return what differs, or nothing."""
     parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    eager = _run(module, parameters, inputs)
+    eager = _run(module, parameters, inputs, named)
     if eager.rebound:
         return f"a run replaces the buffers {eager.rebound}, which a graph goes on to write into; write into them too"
     try:
-        recorded = _run(graph, parameters, inputs)
+        recorded = _run(graph, parameters, inputs, named)
     except RuntimeError as error:
-        return f"the recorded run failed ({_first_line(error)})"
-    if not _is_close(eager.loss, recorded.loss):
+        return f"the recorded run failed ({first_line(error)})"
+    if not is_close(eager.loss, recorded.loss):
         return f"the recorded loss is {recorded.loss.item():.6g}, the eager one {eager.loss.item():.6g}"
     for name, gradient in eager.gradients.items():
-        if not _is_close(gradient, recorded.gradients[name]):
+        if not is_close(gradient, recorded.gradients[name]):
             return f"the recorded gradient of parameter {name!r} is not the eager one"
     for name, buffer in recorded.buffers.items():
-        if name in eager.buffers and not _is_close(eager.buffers[name], buffer):
+        if name in eager.buffers and not is_close(eager.buffers[name], buffer):
             return f"the recorded run leaves another value in buffer {name!r} than the eager one"
     return ""
 
 
-def _run(run: nn.Module, parameters: dict[str, nn.Parameter], inputs: tuple[Tensor, ...]) -> _Run:
+def _run(run: nn.Module, parameters: dict[str, nn.Parameter], inputs: tuple[Any, ...], named: dict[str, Any]) -> _Run:
     """Run once under a seed, and leave generators and buffers as they were."""
     with preserved_state([run], evaluate=False), pyro.validation_enabled(False):
         pyro.set_rng_seed(_SEED)
         before = dict(run.named_buffers())
-        loss = run(*inputs)
+        loss = _loss(run(*inputs, **named))
         gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
         if parameters and loss.requires_grad:
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -152,13 +182,20 @@ def _run(run: nn.Module, parameters: dict[str, nn.Parameter], inputs: tuple[Tens
         return _Run(loss.detach(), dict(zip(parameters, gradients, strict=True)), buffers, rebound)
 
 
-def _is_close(a: Tensor | None, b: Tensor | None) -> bool:
-    """Hold recorded numbers against eager ones: rtol 1e-5, in float64 1e-10, relative to the largest entry."""
+def is_close(a: Tensor | None, b: Tensor | None, *, like: Iterable[Tensor | None] = ()) -> bool:
+    """Hold recorded numbers against eager ones: rtol 1e-5, in float64 1e-10, relative to the largest entry.
+
+    Args:
+        a: Eager numbers.
+        b: Recorded numbers.
+        like: Tensors that these were computed beside: what is 0 but for the rounding of a sum of such numbers (the gradient of a
+            bias before BatchNorm) differs by a tenth of the tolerance of their largest entry.
+    """
     if a is None or b is None or a.shape != b.shape:
         return a is b
     if not a.is_floating_point():
         return torch.equal(a, b)
     tolerance = 1e-10 if a.dtype == torch.float64 else 1e-5
-    return torch.allclose(
-        a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()) if a.numel() else 0.0, equal_nan=True
-    )
+    own = float(a.abs().max()) if a.numel() else 0.0
+    others = max((float(item.abs().max()) for item in like if item is not None and item.numel()), default=0.0)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(own, 0.1 * others), equal_nan=True)

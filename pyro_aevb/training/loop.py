@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 from pyro_aevb._types import PyroProgram
 from pyro_aevb.errors import AEVBWarning, SettingError, warn_user
+from pyro_aevb.program.compiling import Compile, check_compile
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.settings import check_count, check_settings
 from pyro_aevb.randomness import seeded
 from pyro_aevb.training.data import BatchSource, as_source
 from pyro_aevb.training.preparation import prepare
+from pyro_aevb.training.staged import Staging
 from pyro_aevb.training.stepper import OptimizerMaker, Stepper, default_optimizer
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ class FitResult:
         stopped_by: ``"epochs"``, ``"patience"``, ``"callback"`` or ``"interrupt"``.
         best_epoch: Epoch of the best validation bound, whose state was restored if ``patience`` was given.
         seconds_per_step: Mean wall-clock time of a step, validation left out.
+        execution: How steps ran, eagerly or compiled, and why.
+        seconds_to_compile: Time that recording and compiling took, in no other of these numbers.
         module: Model, guide and objective with their parameters.
     """
 
@@ -52,6 +56,8 @@ class FitResult:
     stopped_by: str = "epochs"
     best_epoch: int | None = None
     seconds_per_step: float = float("nan")
+    execution: str = ""
+    seconds_to_compile: float = 0.0
     module: ObjectiveModule | None = None
 
     def to_pandas(self) -> "pd.DataFrame":
@@ -69,7 +75,7 @@ class FitResult:
         skipped = f", {self.num_skipped} skipped" if self.num_skipped else ""
         return (
             f"FitResult({bounds} nats per row after {len(self.history)} epochs, {self.num_steps} steps{skipped}, "
-            f"{1e3 * self.seconds_per_step:.2f} ms a step, stopped by {self.stopped_by})"
+            f"{1e3 * self.seconds_per_step:.2f} ms a step, {self.execution.split(':')[0] or 'eager'}, stopped by {self.stopped_by})"
         )
 
 
@@ -157,6 +163,7 @@ def fit_module(
     patience: int | None = None,
     seed: int | None = None,
     fabric: "Fabric | None" = None,
+    compile: Compile = "auto",  # noqa: A002  torch's own word
     max_skipped: int = 10,
     callbacks: Sequence[Callable[[EpochEnd], bool | None]] = (),
     progress: bool = True,
@@ -179,6 +186,10 @@ def fit_module(
         seed: Seed of everything random in the fit; the generators are left as they were. One seed gives the same parameters bit
             for bit on one machine with one number of threads.
         fabric: A ``lightning_fabric.Fabric`` for devices and processes; by default the device of the parameters.
+        compile: Whether to record and compile the training step for batches of the first one's shapes: ``True``, ``False``, or
+            ``"auto"`` where the steps ahead repay it. With torch's Adam on one process that is loss, gradient and update in one
+            graph, else loss and gradient. The numbers are those of eager steps under one seed, to rounding; where they are not,
+            or a C++ compiler is missing, steps run eagerly after a warning. ``execution`` of the result says what was chosen.
         max_skipped: Steps in a row that may be skipped because loss or gradient is not finite.
         callbacks: Called after each epoch with :class:`EpochEnd`; returning ``True`` ends the fit. One that has a method
             ``finish`` gets the result once the fit is over, at the parameters that it leaves behind.
@@ -194,11 +205,14 @@ def fit_module(
     _check_objective(module.objective)
     check_count("num_epochs", num_epochs)
     _check_numbers(optimizer, learning_rate, clip_norm, patience, validation, max_skipped)
+    check_compile(compile)
     source = as_source(data, batch_size)
     with seeded(seed):
         source = prepare(module, source, batch_size)
         make = optimizer or default_optimizer(learning_rate or 1e-3)
-        stepper = Stepper(module, make, clip_norm=clip_norm, fabric=fabric, max_skipped=max_skipped)
+        steps = source.num_batches()
+        staging = Staging(compile=compile, num_steps=None if steps is None else steps * num_epochs)
+        stepper = Stepper(module, make, clip_norm=clip_norm, fabric=fabric, max_skipped=max_skipped, staging=staging)
         loop = _Loop(module, stepper, source, _held_out(module, validation))
         loop.schedule = schedule(stepper.optimizer) if schedule else None
         return loop.run(num_epochs, patience, callbacks, progress=progress)
@@ -276,6 +290,7 @@ class _Loop:
         self._keeps_best = patience is not None
         try:
             with tqdm(total=total, disable=not progress, unit="step", dynamic_ncols=True) as bar:
+                self.stepper.staging.announce = bar.set_postfix_str
                 for epoch in range(1, num_epochs + 1):
                     record = self._run_epoch(epoch, generator, bar)
                     event = EpochEnd(epoch, record, self.module)
@@ -300,6 +315,7 @@ class _Loop:
         """Train for one epoch and record it."""
         self.module.train()
         start, skipped = time.perf_counter(), self.stepper.num_skipped
+        staging_before = self.stepper.staging.seconds
         total, rows = 0.0, 0
         with pyro.validation_enabled(False):
             for batch in self.source.batches(generator):
@@ -309,7 +325,8 @@ class _Loop:
                 bar.update()
                 if bar.n % 10 == 0:
                     bar.set_postfix_str(f"epoch {epoch}, bound {bound:.2f} nats a row", refresh=False)
-        seconds = time.perf_counter() - start
+        self.result.seconds_to_compile = self.stepper.staging.seconds
+        seconds = time.perf_counter() - start - (self.stepper.staging.seconds - staging_before)
         self._seconds += seconds
         record = {"epoch": float(epoch), "bound": total / rows if rows else float("nan")}
         if self.validation is not None:
@@ -356,6 +373,8 @@ class _Loop:
             module.training = mode
         self.result.num_steps = self.stepper.num_steps
         self.result.num_skipped = self.stepper.num_skipped
+        self.result.execution = self.stepper.staging.decision
+        self.stepper.finish()
         self.result.seconds_per_step = self._seconds / max(1, self.stepper.num_steps + self.stepper.num_skipped)
         self.module.program.write_param_store()
         if self.result.num_skipped:

@@ -1,4 +1,4 @@
-"""One optimisation step: loss, gradient, clipping, and what happens when they are not finite."""
+"""One optimisation step at a time: in one graph or in parts, and what happens when loss or gradient is not finite."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from pyro_aevb.program.batch import explained
 from pyro_aevb.program.importance import find_non_finite
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.training.data import Batch
+from pyro_aevb.training.staged import StagedLoss, Staging
+from pyro_aevb.training.whole_step import WholeStep
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -31,6 +33,7 @@ class Stepper:
         clip_norm: Largest norm of the gradient over all parameters.
         fabric: Devices and processes; by default the device of the parameters.
         max_skipped: Steps in a row that may be skipped because loss or gradient is not finite.
+        staging: What is recorded and compiled at the first step; by default nothing.
 
     Raises:
         ParameterError: If there is nothing to train.
@@ -44,6 +47,7 @@ class Stepper:
         clip_norm: float | None = None,
         fabric: "Fabric | None" = None,
         max_skipped: int = 10,
+        staging: Staging | None = None,
     ) -> None:
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if not self.parameters:
@@ -55,12 +59,17 @@ class Stepper:
         self.buffers = list(module.buffers())
         self.fabric = fabric or _default_fabric(self.parameters[0].device)
         self.optimizer: Optimizer
-        self.wrapped, self.optimizer = self.fabric.setup(_LossAndBound(module), optimizer(self.parameters))
+        self.loss = StagedLoss(module)
+        plain = optimizer(self.parameters)
+        self.wrapped, self.optimizer = self.fabric.setup(self.loss, plain)
         self.clip_norm = clip_norm
         self.max_skipped = max_skipped
         self.num_steps = 0
         self.num_skipped = 0
         self._skipped_in_a_row = 0
+        self.staging = staging or Staging(compile=False)
+        self._plain = plain if self.fabric.world_size == 1 and self.fabric._precision.precision == "32-true" else None
+        self._whole: WholeStep | None = None
 
     def step(self, batch: Batch) -> float:
         """Take one step and return the bound in nats per row; NaN if the step was skipped.
@@ -71,9 +80,33 @@ class Stepper:
         objective = self.module.objective
         if hasattr(objective, "set_step"):
             objective.set_step(self.num_steps)
+        batch = self._on_device(batch)
+        if self.staging.is_pending:
+            self._whole = self.staging.stage(self.loss, self._plain, batch, self.clip_norm)
+            # a learning-rate schedule looks for this, and warns that it came before the first step
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        bound = self._whole_step(batch) if self._whole is not None else self._parted_step(batch)
+        if bound is None:
+            self._skip(batch)
+            return float("nan")
+        self.num_steps += 1
+        self._skipped_in_a_row = 0
+        return bound
+
+    def _whole_step(self, batch: Batch) -> float | None:
+        """Take a step in one graph, or in parts on a batch of other shapes; ``None`` if it was skipped."""
+        whole: Any = self._whole
+        if not whole.takes(*batch):
+            whole.leave()
+            return self._parted_step(batch)
+        bound = float(whole(*batch))
+        return bound if bound == bound else None
+
+    def _parted_step(self, batch: Batch) -> float | None:
+        """Take loss, gradient and the optimizer's step one after the other; return the bound, ``None`` if it was skipped."""
         buffers = [buffer.clone() for buffer in self.buffers]
         with explained("program", batch.args, batch.kwargs):
-            loss, bound = self.wrapped(self._on_device(batch))
+            loss, bound = self.wrapped(*batch.args, **batch.kwargs)
         self.optimizer.zero_grad()
         is_finite = bool(torch.isfinite(loss))
         if is_finite:
@@ -83,12 +116,14 @@ class Stepper:
             with torch.no_grad():
                 for buffer, saved in zip(self.buffers, buffers, strict=True):
                     buffer.copy_(saved)  # a NaN would stay in BatchNorm's running statistics for good
-            self._skip(batch)
-            return float("nan")
+            return None
         self.optimizer.step()
-        self.num_steps += 1
-        self._skipped_in_a_row = 0
         return float(bound)
+
+    def finish(self) -> None:
+        """Leave the optimizer as if it had taken every step itself."""
+        if self._whole is not None:
+            self._whole.leave()
 
     def _on_device(self, batch: Batch) -> Batch:
         """Move a batch, unless it is where the parameters are (Fabric looks through every collection for it)."""
@@ -130,18 +165,6 @@ def _default_fabric(device: torch.device) -> "Fabric":
 
     devices: Any = 1 if device.index is None else [device.index]
     return Fabric(accelerator=device.type, devices=devices)
-
-
-class _LossAndBound(nn.Module):
-    """The module that Fabric wraps: its call returns the loss and the bound per row."""
-
-    def __init__(self, module: ObjectiveModule) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss over the data set and the bound in nats per row."""
-        return self.module.loss_and_bound(*batch.args, **batch.kwargs)
 
 
 def default_optimizer(learning_rate: float) -> OptimizerMaker:

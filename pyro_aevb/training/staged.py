@@ -1,0 +1,148 @@
+"""What of a training step is recorded and compiled, and the decision whether to."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from pyro_aevb.errors import StagingWarning, warn_user
+from pyro_aevb.program.compiling import (
+    FEWEST_STEPS,
+    Compile,
+    count_operations,
+    estimated_seconds,
+    repays,
+    signature,
+)
+from pyro_aevb.program.objective_module import ObjectiveModule
+from pyro_aevb.program.staging import compare, first_line, record
+from pyro_aevb.training.data import Batch
+from pyro_aevb.training.whole_step import WholeStep, is_plain_adam
+
+__all__ = ["StagedLoss", "Staging"]
+
+
+class StagedLoss(nn.Module):
+    """Loss and bound per row of a batch: by the module, or by what was compiled of it for a batch of that shape.
+
+    Args:
+        module: Model, guide and objective.
+
+    Attributes:
+        compiled: The compiled run, if there is one.
+        signature: What its batches look like.
+    """
+
+    def __init__(self, module: ObjectiveModule) -> None:
+        super().__init__()
+        self.module = module
+        self.compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self.signature: tuple[Any, ...] = ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss over the data set and the bound in nats per row."""
+        if self.compiled is not None and self.signature == (tuple(kwargs), signature([*args, *kwargs.values()])):
+            return self.compiled(*args, **kwargs)
+        return self.module.loss_and_bound(*args, **kwargs)
+
+
+class Staging:
+    """The decision whether steps are compiled, taken at the first of them, and what it led to.
+
+    Args:
+        compile: Whether to; ``"auto"`` where it repays over the steps ahead.
+        num_steps: Steps ahead; ``None`` where nobody knows.
+        announce: Is told what is going on while it compiles.
+
+    Attributes:
+        decision: What was decided, and why.
+        seconds: Time that recording and compiling took.
+    """
+
+    def __init__(
+        self,
+        *,
+        compile: Compile,  # noqa: A002  torch's own word
+        num_steps: int | None = None,
+        announce: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.compile, self.num_steps, self.announce = compile, num_steps, announce
+        self.seconds = 0.0
+        self.decision = "eager: compile=False" if compile is False else ""
+        if compile == "auto" and (num_steps is None or num_steps < FEWEST_STEPS):
+            ahead = "an unknown number of" if num_steps is None else f"{num_steps:,}"
+            self.decision = f"eager: {ahead} steps ahead do not repay compiling"
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the decision waits for a batch."""
+        return not self.decision
+
+    def stage(
+        self, loss: StagedLoss, optimizer: Optimizer | None, batch: Batch, clip_norm: float | None
+    ) -> WholeStep | None:
+        """Record and compile for a batch, where that is decided.
+
+        Args:
+            loss: What is recorded; a compiled loss is put into it.
+            optimizer: An optimizer that only this process steps, in full precision, else ``None``.
+            batch: The batch.
+            clip_norm: Largest norm of the gradient.
+
+        Returns:
+            A whole step as one graph, if the optimizer is one that such a step knows.
+        """
+        start = time.perf_counter()
+        try:
+            return self._stage(loss, optimizer, batch, clip_norm)
+        finally:
+            self.seconds = time.perf_counter() - start
+
+    def _stage(
+        self, loss: StagedLoss, optimizer: Optimizer | None, batch: Batch, clip_norm: float | None
+    ) -> WholeStep | None:
+        """Record, decide, compile."""
+        self.announce("recording")
+        graph: Any = record(loss, *batch.args, **batch.kwargs)
+        if graph is loss:
+            self.decision = "eager: the program can't be recorded (a warning said why)"
+            return None
+        operations = count_operations(graph)
+        if self.compile == "auto" and not repays(operations, self.num_steps or 0):
+            self.decision = f"eager: {self.num_steps:,} steps ahead do not repay compiling {operations} operations"
+            return None
+        self.announce(f"compiling {operations} operations, about {estimated_seconds(operations):.0f} s")
+        try:
+            return self._compile(loss, graph, optimizer, batch, clip_norm)
+        except Exception as error:  # whatever Inductor or a C++ compiler that is not there raise
+            self._give_up(first_line(error))
+            return None
+
+    def _compile(
+        self, loss: StagedLoss, graph: Any, optimizer: Optimizer | None, batch: Batch, clip_norm: float | None
+    ) -> WholeStep | None:
+        if isinstance(optimizer, Adam) and is_plain_adam(optimizer):
+            whole = WholeStep(graph, optimizer, *batch, clip_norm=clip_norm)
+            if whole.difference:
+                self._give_up(whole.difference)
+                return None
+            self.decision = f"compiled: loss, gradient and Adam in one graph of {whole.num_operations} operations"
+            return whole
+        compiled: Any = torch.compile(graph, options={"fallback_random": True}, fullgraph=True)
+        if difference := compare(loss, compiled, *batch):
+            self._give_up(difference)
+            return None
+        loss.compiled, loss.signature = (
+            compiled,
+            (tuple(batch.kwargs), signature([*batch.args, *batch.kwargs.values()])),
+        )
+        self.decision = f"compiled: loss and gradient, a graph of {count_operations(graph)} operations"
+        return None
+
+    def _give_up(self, reason: str) -> None:
+        """Run eagerly, and say why."""
+        self.decision = f"eager: {reason}"
+        warn_user(f"Steps run eagerly: {reason}. The numbers are the same, steps are slower.", StagingWarning)

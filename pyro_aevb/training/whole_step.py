@@ -1,0 +1,252 @@
+r"""An optimisation step as one graph: loss, gradient, clipping and Adam, compiled together, with no Python between.
+
+Adam (Kingma & Ba 2014, arXiv 1412.6980, Algorithm 1) for a parameter :math:`\theta` with gradient g at its t-th step:
+
+.. math::
+    m \leftarrow m + (1 - \beta_1)(g - m), \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+    \theta \leftarrow \theta - \frac{\alpha}{1 - \beta_1^t} \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+Where loss or gradient is not finite, nothing changes and the bound is NaN. Parameters, buffers and the optimizer's state are
+written in place, so that an eager step can follow at any time.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from pyro_aevb.program.compiling import compile_graph, count_operations, signature, trace
+from pyro_aevb.program.parameters import swapped_buffers, swapped_parameters
+from pyro_aevb.program.staging import is_close
+from pyro_aevb.randomness import seeded
+
+__all__ = ["WholeStep", "is_plain_adam"]
+
+
+def is_plain_adam(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer is torch's Adam in its usual form, which a whole step knows."""
+    groups = optimizer.param_groups
+    unusual = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay")
+    return type(optimizer) is Adam and len(groups) == 1 and not any(groups[0].get(name) for name in unusual)
+
+
+class _Tensors(NamedTuple):
+    """What a step reads and writes.
+
+    Attributes:
+        parameters: Trained parameters.
+        averages: Adam's m of each.
+        squares: Adam's v of each.
+        steps: t, steps so far.
+        learning_rate: Of this step.
+        frozen: Parameters that are not trained.
+        buffers: Buffers of model and guide.
+    """
+
+    parameters: list[Tensor]
+    averages: list[Tensor]
+    squares: list[Tensor]
+    steps: Tensor
+    learning_rate: Tensor
+    frozen: list[Tensor]
+    buffers: list[Tensor]
+
+    def flat(self) -> list[Tensor]:
+        """Return them in a row."""
+        lists = [item if isinstance(item, list) else [item] for item in self]
+        return [tensor for part in lists for tensor in part]
+
+    def like(self, tensors: Sequence[Tensor]) -> "_Tensors":
+        """Read others off a row, in this order."""
+        pending = iter(tensors)
+        parts: Any = ([next(pending) for _ in part] if isinstance(part, list) else next(pending) for part in self)
+        return _Tensors(*parts)
+
+
+class WholeStep:
+    """One optimisation step on a batch of fixed shape.
+
+    Args:
+        graph: A recorded run whose call returns loss and bound per row.
+        optimizer: A plain Adam (:func:`is_plain_adam`) of its parameters.
+        args: The batch to record on, as positional arguments.
+        kwargs: The batch to record on, as keyword arguments.
+        clip_norm: Largest norm of the gradient over all parameters.
+
+    Attributes:
+        num_operations: Operations of the graph.
+        difference: What the compiled step's numbers differ in from the recorded run's; empty where they agree.
+    """
+
+    def __init__(
+        self,
+        graph: nn.Module,
+        optimizer: Adam,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        clip_norm: float | None = None,
+    ) -> None:
+        self.graph, self.optimizer, self.clip_norm = graph, optimizer, clip_norm
+        self.names = tuple(kwargs)
+        batch = [*args, *kwargs.values()]
+        self.signature = signature(batch)
+        self.num_args = len(args)
+        self.settings = optimizer.param_groups[0]
+        self.tensors = self._gather(self.settings["params"])
+        self.used = [True] * len(self.tensors.parameters)
+        self._is_inside = False
+        copies = [tensor.detach().clone() for tensor in (*self.tensors.flat(), *batch)]
+        with seeded(0):
+            traced = trace(self._step, *copies)
+            self.num_operations = count_operations(traced)
+            self.run = compile_graph(traced, *copies)
+        self.difference = self._compare(batch)
+        self._hold_state()
+
+    def _gather(self, parameters: list[Tensor]) -> _Tensors:
+        trained = {id(parameter) for parameter in parameters}
+        first = parameters[0]
+        buffers = {id(buffer): buffer for buffer in self.graph.buffers()}
+        return _Tensors(
+            parameters=list(parameters),
+            averages=[torch.zeros_like(parameter) for parameter in parameters],
+            squares=[torch.zeros_like(parameter) for parameter in parameters],
+            # as torch makes it
+            steps=torch.zeros((), device=first.device, dtype=torch.float32 if self.settings.get("fused") else None),
+            learning_rate=torch.zeros((), device=first.device, dtype=torch.float64),
+            frozen=[parameter for parameter in self.graph.parameters() if id(parameter) not in trained],
+            buffers=list(buffers.values()),
+        )
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether a batch has the shapes that the step was recorded on."""
+        return tuple(kwargs) == self.names and signature([*args, *kwargs.values()]) == self.signature
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Take a step and return the bound in nats per row; NaN where nothing was changed."""
+        if not self._is_inside:
+            self._enter()
+        self.tensors.learning_rate.fill_(self.settings["lr"])
+        return self.run(*self.flat, *args, *kwargs.values())[0]
+
+    def _hold_state(self) -> None:
+        """Keep the state where the optimizer looks for it; what it has from earlier steps is taken over."""
+        for parameter, average, square, is_used in zip(*self.tensors[:3], self.used, strict=True):
+            state = self.optimizer.state[parameter]
+            if state:
+                average.copy_(state["exp_avg"])
+                square.copy_(state["exp_avg_sq"])
+            if is_used:
+                state.setdefault("step", self.tensors.steps.clone())
+                state["exp_avg"], state["exp_avg_sq"] = average, square
+            elif not state:
+                del self.optimizer.state[parameter]
+        self.flat = self.tensors.flat()
+
+    def _steps(self) -> list[Tensor]:
+        return [state["step"] for state in self.optimizer.state.values() if "step" in state]
+
+    def _enter(self) -> None:
+        self.tensors.steps.copy_(self._steps()[0])
+        self._is_inside = True
+
+    def leave(self) -> None:
+        """Tell the optimizer how many steps were taken, before it takes one itself or its state is read."""
+        if self._is_inside:
+            for step in self._steps():
+                step.copy_(self.tensors.steps)
+        self._is_inside = False
+
+    def _step(self, *flat: Tensor) -> tuple[Tensor]:
+        """Take one step, written in operations that can be traced."""
+        state, batch = self.tensors.like(flat), flat[len(self.tensors.flat()) :]
+        saved = [buffer.clone() for buffer in state.buffers]
+        loss, bound, gradients = self._differentiate(state, batch)
+        present = [gradient for gradient in gradients if gradient is not None]
+        self.used = [gradient is not None for gradient in gradients]
+        norm, factor = self._clipping(present)
+        is_finite = torch.isfinite(loss) & torch.isfinite(norm)
+        steps = state.steps + is_finite.to(state.steps)
+        update = self._adam(steps, state.learning_rate)
+        for parameter, average, square, gradient in zip(*state[:3], gradients, strict=True):
+            if gradient is not None:
+                for old, new in zip(
+                    (parameter, average, square), update(parameter, average, square, factor * gradient), strict=True
+                ):
+                    old.copy_(torch.where(is_finite, new, old))
+        for buffer, old in zip(state.buffers, saved, strict=True):
+            buffer.copy_(torch.where(is_finite, buffer, old))
+        state.steps.copy_(steps)
+        return (torch.where(is_finite, bound, torch.nan),)
+
+    def _differentiate(self, state: _Tensors, batch: Sequence[Any]) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Run the recorded graph at other tensors in the place of its own; return loss, bound and gradients."""
+        live = [parameter.detach().requires_grad_() for parameter in state.parameters]
+        own = self.tensors
+        others = {id(a): b for a, b in zip(own.parameters + own.frozen, live + state.frozen, strict=True)}
+        others |= {id(a): b for a, b in zip(own.buffers, state.buffers, strict=True)}
+        args, kwargs = batch[: self.num_args], dict(zip(self.names, batch[self.num_args :], strict=True))
+        stands_in: Callable[[Tensor], Tensor] = lambda item: others[id(item)]  # noqa: E731  two uses below
+        with swapped_parameters([self.graph], stands_in), swapped_buffers([self.graph], stands_in), torch.enable_grad():
+            loss, bound = self.graph(*args, **kwargs)
+            gradients = torch.autograd.grad(loss, live, allow_unused=True)
+        return loss, bound.detach(), gradients
+
+    def _adam(self, steps: Tensor, learning_rate: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """Return Adam's rule at one step, from (parameter, m, v, gradient) to the first three anew."""
+        beta1, beta2 = self.settings["betas"]
+        eps, decay = self.settings["eps"], self.settings["weight_decay"]
+        steps = steps.double()
+        step_size = learning_rate / (1 - beta1**steps)
+        correction = (1 - beta2**steps).sqrt()
+
+        def update(
+            parameter: Tensor, average: Tensor, square: Tensor, gradient: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            gradient = gradient + decay * parameter if decay else gradient
+            average = average + (1 - beta1) * (gradient - average)
+            square = beta2 * square + (1 - beta2) * gradient.square()
+            denominator = square.sqrt() / correction.to(square) + eps
+            return parameter - step_size.to(parameter) * average / denominator, average, square
+
+        return update
+
+    def _compare(self, batch: Sequence[Any]) -> str:
+        """Take one compiled step on copies, and hold its bound and its m / (1 - beta_1) against a recorded run under one seed.
+
+        The rows are those of the batch in reverse, so that no number of the batch can have got into the graph.
+        """
+        batch = [item.flip(0) if isinstance(item, Tensor) and item.dim() else item for item in batch]
+        copies = self.tensors.like([tensor.detach().clone() for tensor in self.tensors.flat()])
+        with seeded(0):
+            (bound,) = self.run(*copies.flat(), *batch)
+        again = self.tensors.like([tensor.detach().clone() for tensor in self.tensors.flat()])
+        with seeded(0), torch.no_grad():
+            _, expected, gradients = self._differentiate(again, batch)
+        if not is_close(expected, bound):
+            return f"the compiled bound is {bound.item():.6g}, the recorded one {expected.item():.6g}"
+        for name, average, gradient in zip(self._names(), copies.averages, self._expected(gradients), strict=True):
+            if gradient is not None and not is_close(
+                gradient, average / (1 - self.settings["betas"][0]), like=gradients
+            ):
+                return f"the compiled gradient of parameter {name!r} is not the recorded one"
+        return ""
+
+    def _names(self) -> list[str]:
+        known = {id(parameter): name for name, parameter in self.graph.named_parameters()}
+        return [known.get(id(parameter), "") for parameter in self.tensors.parameters]
+
+    def _expected(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return what Adam averages: gradients, clipped, and with the weights' decay."""
+        factor = self._clipping([gradient for gradient in gradients if gradient is not None])[1]
+        decay = self.settings["weight_decay"]
+        pairs = zip(gradients, self.tensors.parameters, strict=True)
+        return [None if gradient is None else factor * gradient + decay * p.detach() for gradient, p in pairs]
+
+    def _clipping(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor | float]:
+        """Return the norm of a gradient over all parameters, and what it is multiplied by."""
+        norm = nn.utils.get_total_norm(gradients, foreach=False)
+        return norm, 1.0 if self.clip_norm is None else (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,314 @@
+"""Compiled steps leave the parameters, buffers and state that eager steps leave, or are not used, with the reason."""
+
+import functools
+import warnings
+
+import pyro
+import pytest
+import torch
+from staged_programs import CASES, OBJECTIVES, PROGRAMS, Autoencoder, batch, methods
+
+from pyro_aevb import AEVB, SGVB, fit
+from pyro_aevb.errors import NonFiniteError, StagingWarning
+from pyro_aevb.program import compiling
+from pyro_aevb.program.objective_module import ObjectiveModule
+from pyro_aevb.program.staging import record
+from pyro_aevb.training import whole_step
+from pyro_aevb.training.data import Batch
+from pyro_aevb.training.staged import StagedLoss, Staging
+from pyro_aevb.training.stepper import Stepper
+from pyro_aevb.training.whole_step import WholeStep
+
+COMPILED = [("pyro.param, global", "A"), ("convolution and BatchNorm", "B")]
+"""What `make test` compiles to machine code; `make test-slow` all."""
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """Run the graph of a whole step as it was traced, without compiling it."""
+    monkeypatch.setattr(whole_step, "compile_graph", lambda graph, *tensors: torch.no_grad()(graph))
+
+
+def adam(parameters, **settings):
+    """An Adam whose eps does not make steps of rounding errors, where a gradient is 0 (a bias before BatchNorm)."""
+    return torch.optim.Adam(parameters, **{"lr": 0.01, "eps": 1e-2, "foreach": False, **settings})
+
+
+def steppers(name, objective, *, make=adam, **settings):
+    """Return an eager and a compiled stepper of two copies of one program, and their modules."""
+    found = []
+    for is_compiled in (False, True):
+        torch.manual_seed(7)
+        model, guide = PROGRAMS[name]() if isinstance(name, str) else name()
+        module = ObjectiveModule(model, guide, objective(), num_data=60).build(batch(name))
+        found += [Stepper(module.train(), make, staging=Staging(compile=is_compiled), **settings), module]
+    eager, eager_module, compiled, module = found
+    module.load_state_dict(eager_module.state_dict())
+    return eager, compiled, eager_module, module
+
+
+def assert_same_steps(eager, compiled, batches):
+    """Take the same steps under the same seeds, and compare bounds, parameters, buffers and the optimizers' states."""
+    for number, rows in enumerate(batches):
+        bounds = []
+        for stepper in (eager, compiled):
+            pyro.set_rng_seed(number)
+            with pyro.validation_enabled(False):
+                bounds.append(stepper.step(Batch((rows,), {})))
+        assert bounds[1] == pytest.approx(bounds[0], rel=1e-5 if rows.dtype == torch.float32 else 1e-10, nan_ok=True)
+    eager.finish()
+    compiled.finish()
+    assert compiled.staging.decision.startswith("compiled")
+    tolerance = 2e-4 if rows.dtype == torch.float32 else 1e-9
+    ours, theirs = compiled.module.state_dict(), eager.module.state_dict()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=tolerance, atol=tolerance)
+    mine, other = (stepper.optimizer.state_dict()["state"] for stepper in (compiled, eager))
+    assert mine.keys() == other.keys()
+    for key, state in other.items():
+        for name, value in state.items():
+            torch.testing.assert_close(mine[key][name], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize(("name", "objective"), CASES, ids=[", ".join(case) for case in CASES])
+def test_steps_are_those_of_torch(name, objective):
+    torch.set_default_dtype(torch.float64)
+    eager, compiled, *_ = steppers(name, OBJECTIVES[objective])
+    assert_same_steps(eager, compiled, [batch(name) for _ in range(3)])
+
+
+@pytest.mark.parametrize(("name", "objective"), COMPILED, ids=[", ".join(case) for case in COMPILED])
+def test_machine_code_takes_these_steps(name, objective):
+    eager, compiled, *_ = steppers(name, OBJECTIVES[objective])
+    assert_same_steps(eager, compiled, [batch(name) for _ in range(3)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "objective"), CASES, ids=[", ".join(case) for case in CASES])
+def test_machine_code_takes_all_steps(name, objective):
+    eager, compiled, *_ = steppers(name, OBJECTIVES[objective])
+    assert_same_steps(eager, compiled, [batch(name) for _ in range(3)])
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (functools.partial(adam, weight_decay=0.1), {}),
+        (functools.partial(adam, betas=(0.5, 0.9), eps=1e-3), {}),
+        (adam, {"clip_norm": 0.1}),
+        (functools.partial(adam, fused=True, foreach=None), {}),
+    ],
+    ids=["weight decay", "betas", "clipped", "fused"],
+)
+def test_settings_of_adam_are_followed(make, settings):
+    torch.set_default_dtype(torch.float64)
+    eager, compiled, *_ = steppers("nn.Module", OBJECTIVES["B"], make=make, **settings)
+    assert_same_steps(eager, compiled, [torch.randn(6, 4) for _ in range(4)])
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_batches_of_other_shapes_run_in_parts_between_whole_steps():
+    torch.set_default_dtype(torch.float64)
+    eager, compiled, *_ = steppers("nn.Module", OBJECTIVES["B"])
+    assert_same_steps(eager, compiled, [torch.randn(rows, 4) for rows in (6, 6, 2, 6, 3, 3, 6)])
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_learning_rate_that_changes_is_followed():
+    torch.set_default_dtype(torch.float64)
+    eager, compiled, *_ = steppers("nn.Module", OBJECTIVES["B"])
+    for rate in (0.1, 0.001):
+        for stepper in (eager, compiled):
+            stepper.optimizer.param_groups[0]["lr"] = rate
+        assert_same_steps(eager, compiled, [torch.randn(6, 4) for _ in range(2)])
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_kl_weight_that_changes_is_followed():
+    torch.set_default_dtype(torch.float64)
+    eager, compiled, *_ = steppers("nn.Module", lambda: SGVB(kl_weight=lambda step: step / 4))
+    assert_same_steps(eager, compiled, [torch.randn(6, 4) for _ in range(4)])
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_frozen_parameters_stay_and_are_read_anew():
+    torch.set_default_dtype(torch.float64)
+
+    def frozen():
+        module = Autoencoder()
+        module.decoder[0].requires_grad_(False)
+        return methods(module)
+
+    eager, compiled, *modules = steppers(frozen, OBJECTIVES["B"])
+    assert_same_steps(eager, compiled, [torch.randn(6, 4) for _ in range(2)])
+    for module in modules:
+        frozen_weight = next(p for p in module.parameters() if not p.requires_grad)
+        with torch.no_grad():
+            frozen_weight.add_(0.5)
+    assert_same_steps(eager, compiled, [torch.randn(6, 4) for _ in range(2)])
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    _, compiled, _, module = steppers("convolution and BatchNorm", OBJECTIVES["B"])
+    good = batch("convolution and BatchNorm")
+    compiled.step(Batch((good,), {}))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    moments = [state["exp_avg"].clone() for state in compiled.optimizer.state.values()]
+    bound = compiled.step(Batch((good * torch.inf,), {}))
+    assert bound != bound
+    assert (compiled.num_steps, compiled.num_skipped) == (1, 1)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, compiled.optimizer.state.values(), strict=True))
+    compiled.finish()
+    assert {float(state["step"]) for state in compiled.optimizer.state.values()} == {1.0}
+    for _ in range(9):
+        compiled.step(Batch((good * torch.inf,), {}))
+    with pytest.raises(NonFiniteError, match=r"'x'|'z'"):
+        compiled.step(Batch((good * torch.inf,), {}))
+
+
+def test_another_optimizer_gets_a_compiled_loss(monkeypatch):
+    # torch's own way of running a recorded graph without machine code
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: torch_compile(graph, backend="aot_eager"))
+    make = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+    eager, compiled, *_ = steppers("nn.Module", OBJECTIVES["B"], make=make)
+    assert_same_steps(eager, compiled, [torch.randn(6, 4), torch.randn(6, 4), torch.randn(2, 4)])
+    assert compiled.staging.decision.startswith("compiled: loss and gradient,")
+
+
+class Branching(Autoencoder):
+    def guide(self, x):
+        super().guide(x if x.sum() > 0 else -x)
+
+
+def test_a_program_that_cannot_be_recorded_runs_eagerly_with_one_warning():
+    program = Branching()
+    with pytest.warns(StagingWarning, match=r"data-dependent.*line \d+, in guide") as caught:
+        result = fit(program.model, program.guide, SGVB(), torch.randn(60, 4), batch_size=20, num_epochs=2,
+                     compile=True, progress=False)  # fmt: skip
+    assert len([item for item in caught if item.category is StagingWarning]) == 1
+    assert result.execution.startswith("eager")
+    assert result.num_steps == 6
+
+
+def test_a_missing_compiler_is_named_and_steps_run_eagerly(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    program = Autoencoder()
+    with pytest.warns(StagingWarning, match="Steps run eagerly: .*[Cc]ompil"):
+        result = fit(program.model, program.guide, SGVB(), torch.randn(60, 4), num_epochs=1, compile=True,
+                     progress=False)  # fmt: skip
+    assert result.execution.startswith("eager")
+    assert result.num_steps == 1
+
+
+def test_a_number_read_off_the_data_is_not_baked_in():
+    class Scaled(Autoencoder):
+        def guide(self, x):
+            super().guide(x * x.sum().item())
+
+    program = Scaled()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = fit(program.model, program.guide, SGVB(), torch.randn(60, 4), num_epochs=1, compile=True,
+                     progress=False)  # fmt: skip
+    assert result.execution.startswith("eager")
+    assert [item for item in caught if item.category is StagingWarning]
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_wrong_machine_code_is_not_used(monkeypatch):
+    def wrong(graph, *tensors):
+        def run(*inputs):
+            (bound,) = graph(*inputs)
+            inputs[len(list(module.parameters())) + 1].mul_(1.001)
+            return (bound,)
+
+        return torch.no_grad()(run)
+
+    monkeypatch.setattr(whole_step, "compile_graph", wrong)
+    module = ObjectiveModule(*PROGRAMS["nn.Module"](), SGVB()).build(batch("nn.Module"))
+    loss = StagedLoss(module)
+    graph = record(loss, batch("nn.Module"))
+    step = WholeStep(graph, adam(module.parameters()), (batch("nn.Module"),), {})
+    assert "gradient of parameter" in step.difference
+
+
+class TestFit:
+    x = torch.randn(70, 4)
+
+    @pytest.mark.usefixtures("traced_only")
+    @pytest.mark.parametrize("data", [x, (x,), {"x": x}], ids=["tensor", "tuple", "mapping"])
+    def test_parameters_are_those_of_an_eager_fit(self, data):
+        found = []
+        for is_compiled in (False, True):
+            torch.manual_seed(0)
+            program = Autoencoder()
+            result = AEVB(program.model, program.guide, compile=is_compiled).fit(
+                data, num_epochs=3, batch_size=20, validation=data, seed=3, progress=False
+            )
+            found.append((result, program.state_dict()))
+        (eager, expected), (compiled, state) = found
+        assert eager.execution == "eager: compile=False"
+        assert compiled.execution.startswith("compiled: loss, gradient and Adam in one graph of")
+        assert "compiled" in repr(compiled)
+        assert compiled.num_steps == eager.num_steps == 12
+        for one, other in zip(compiled.history, eager.history, strict=True):
+            assert one["bound"] == pytest.approx(other["bound"], rel=1e-5)
+            assert one["validation_bound"] == pytest.approx(other["validation_bound"], rel=1e-5)
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.usefixtures("traced_only")
+    def test_a_schedule_and_single_steps(self):
+        states = []
+        for is_compiled in (False, True):
+            torch.manual_seed(0)
+            program = Autoencoder()
+            vi = AEVB(program.model, program.guide, compile=is_compiled)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # torch's, about a schedule before the first step
+                vi.fit(self.x, num_epochs=2, batch_size=35, seed=3, progress=False, learning_rate=0.1,
+                       schedule=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1))  # fmt: skip
+            for seed in range(3):
+                vi.partial_fit(self.x[:10], seed=seed)
+            states.append(program.state_dict())
+        for name, value in states[0].items():
+            torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-5)
+
+    def test_auto_counts_steps_and_operations(self):
+        program = Autoencoder()
+        result = fit(program.model, program.guide, SGVB(), self.x, num_epochs=1, progress=False)
+        assert result.execution == "eager: 1 steps ahead do not repay compiling"
+        staging = Staging(compile="auto", num_steps=None)
+        assert "unknown" in staging.decision
+        assert Staging(compile="auto", num_steps=10**6).is_pending
+
+    def test_auto_compiles_where_it_repays(self, monkeypatch):
+        monkeypatch.setattr(whole_step, "compile_graph", lambda graph, *tensors: torch.no_grad()(graph))
+        module = ObjectiveModule(*PROGRAMS["nn.Module"](), SGVB()).build(self.x)
+        few, many = (Stepper(module, adam, staging=Staging(compile="auto", num_steps=n)) for n in (2000, 10**6))
+        few.step(Batch((self.x,), {}))
+        many.step(Batch((self.x,), {}))
+        assert few.staging.decision.startswith("eager: 2,000 steps ahead do not repay compiling")
+        assert many.staging.decision.startswith("compiled")
+
+    def test_what_repays_grows_with_steps_and_falls_with_operations(self):
+        assert not compiling.repays(200, 1000)
+        assert compiling.repays(200, 100_000)
+        assert compiling.repays(20_000, 10**6)
+        first = [next(n for n in range(0, 10**6, 50) if compiling.repays(size, n)) for size in (100, 1000)]
+        assert first[0] > compiling.FEWEST_STEPS
+        assert first == sorted(first) or first == sorted(first, reverse=True)
+
+    def test_what_is_going_on_is_announced(self):
+        told = []
+        module = ObjectiveModule(*PROGRAMS["nn.Module"](), SGVB()).build(self.x)
+        stepper = Stepper(module, adam, staging=Staging(compile="auto", num_steps=2500, announce=told.append))
+        stepper.step(Batch((self.x,), {}))
+        assert told == ["recording"]
