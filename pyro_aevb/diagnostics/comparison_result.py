@@ -1,5 +1,6 @@
 r"""What a comparison of a guide with posterior draws shows: per row and site, pooled, and as a table."""
 
+import html
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import pandas
 
 __all__ = ["Comparison", "SiteComparison", "WorstCoordinates"]
+
+_NUMBER = "{:.3f}".format
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,21 +178,36 @@ class Comparison:
         return pandas.DataFrame.from_dict(table, orient="index")
 
     def __repr__(self) -> str:
-        sound = ~self.reference.is_flagged
-        share = (self.k_hat[sound] > 0.7).double().mean().item()
-        divergence, k_hat = self.divergence[sound], self.k_hat[sound]
+        sites, worst = (table.to_string(float_format=_NUMBER, na_rep="-") for table in (self.summary(), self._worst()))
+        return "\n".join([self._heading(), sites, *self._notes(), "rows furthest apart:", worst])
+
+    def _repr_html_(self) -> str:
+        sites, worst = (table.to_html(float_format=_NUMBER, na_rep="-") for table in (self.summary(), self._worst()))
+        notes = "<br>".join(map(html.escape, [*self._notes(), "rows furthest apart:"]))
+        return f"<p><b>{html.escape(self._heading())}</b></p>{sites}<p>{notes}</p>{worst}"
+
+    def _heading(self) -> str:
+        """Say how many rows count, and what both sets of draws took."""
         left_out = f", {self.num_flagged} with unreliable chains left out of means" if self.num_flagged else ""
         seconds = "unknown" if math.isnan(self.reference_seconds) else f"{self.reference_seconds:.3g} s"
-        lines = [
+        return (
             f"Comparison: {len(self)} rows{left_out}; drawing took {self.guide_seconds:.3g} s by the guide, {seconds} by "
-            "the chains",
-            self.summary().to_string(float_format="{:.3f}".format, na_rep="-"),
+            "the chains"
+        )
+
+    def _notes(self) -> list[str]:
+        """Pool divergences and k-hat over rows with reliable chains; nothing where there is none."""
+        sound = ~self.reference.is_flagged
+        if not sound.any():
+            return []
+        divergence, k_hat = self.divergence[sound], self.k_hat[sound]
+        share = (k_hat > 0.7).double().mean().item()
+        return [
+            f"KL(q, p) + KL(p, q): mean {divergence.mean():.4g}, median {divergence.median():.4g} nats a row; "
+            f"k-hat: median {k_hat.median():.2f}, above 0.7 in {share:.0%} of rows"
         ]
-        if sound.any():
-            lines.append(
-                f"KL(q, p) + KL(p, q): mean {divergence.mean():.4g}, median {divergence.median():.4g} nats a row; "
-                f"k-hat: median {k_hat.median():.2f}, above 0.7 in {share:.0%} of rows"
-            )
+
+    def _worst(self) -> "pandas.DataFrame":
+        """Return the table of the rows furthest apart."""
         columns = ["mean_error", "sd_ratio", "wasserstein", "c2st", "divergence", "k_hat", "reference"]
-        worst = self.to_pandas().loc[list(self.worst_rows())][columns]
-        return "\n".join([*lines, "rows furthest apart:", worst.to_string(float_format="{:.3f}".format, na_rep="-")])
+        return self.to_pandas().loc[list(self.worst_rows())][columns]

@@ -46,12 +46,19 @@ class TrustReport:
     against: str
 
     def __repr__(self) -> str:
+        return "\n\n".join(f"{title}\n{part!r}" for title, part in self._parts().items())
+
+    def _repr_html_(self) -> str:
+        return "".join(f"<h4>{title}</h4>{part._repr_html_()}" for title, part in self._parts().items())
+
+    def _parts(self) -> dict[str, Comparison | InferenceGap | Calibration]:
+        """Return the parts that there are, by title."""
         parts = {
             f"Beside draws of {self.against}": self.comparison,
             "What the bound lacks": self.gap,
             "On data from the model": self.calibration,
         }
-        return "\n\n".join(f"{title}\n{part!r}" for title, part in parts.items() if part is not None)
+        return {title: part for title, part in parts.items() if part is not None}
 
 
 def trust_report(

@@ -184,7 +184,12 @@ def test_flagged_rows_are_counted_and_left_out_of_means(exact: tuple[LinearGauss
     still = replace(found, reference=replace(flagged, status=(*[Status.OK] * 2, Status.UNRELIABLE, *[Status.OK] * 3)))
     assert still.summary().loc["z", "mean_error"] == pytest.approx(expected, rel=1e-10)
     assert still.num_flagged == 1
-    assert "1 with unreliable chains left out" in repr(still)
+    for text in (repr(still), still._repr_html_()):
+        assert "1 with unreliable chains left out" in text
+        assert "KL(q, p) + KL(p, q): mean" in text
+        assert "rows furthest apart:" in text
+        assert f"{still.summary().loc['z', 'mean_error']:.3f}" in text
+    assert still._repr_html_().count("<table") == 2
     assert plot_comparison(still).axes[0].get_title(loc="left").endswith("; 1 row with unreliable chains left out")
     assert still.worst_rows(6)[-1] == 2
     table = found.to_pandas()
@@ -198,7 +203,9 @@ def test_nothing_is_pooled_where_every_row_is_flagged(exact: tuple[LinearGaussia
     model, x, reference = exact
     found = compare(model.guide, replace(reference, status=(Status.UNRELIABLE,) * 6), x, model=model.model)
     assert found.summary().isna().all(axis=None)
-    assert "6 with unreliable chains" in repr(found)
+    for text in (repr(found), found._repr_html_()):
+        assert "6 with unreliable chains" in text
+        assert "KL(q, p)" not in text
 
 
 def test_what_a_support_holds_fixed_leaves_no_hole_in_tables() -> None:

@@ -44,8 +44,12 @@ def test_the_exact_guide_passes_all_three(exact):
     assert found.calibration.failures(1e-3) == ()
     assert found.against == "hmc"
     text = repr(found)
-    for title in ("Beside draws of hmc", "What the bound lacks", "On data from the model"):
-        assert title in text
+    parts = (found.comparison, found.gap, found.calibration)
+    titles = ("Beside draws of hmc", "What the bound lacks", "On data from the model")
+    assert text == "\n\n".join(f"{title}\n{part!r}" for title, part in zip(titles, parts, strict=True))
+    page = found._repr_html_()
+    assert page.count("<table") == 5
+    assert all(f"<h4>{title}</h4>{part._repr_html_()}" in page for title, part in zip(titles, parts, strict=True))
 
 
 def test_a_narrow_guide_fails_all_three(exact):
@@ -68,7 +72,9 @@ def test_a_narrow_guide_fails_all_three(exact):
 def test_parts_can_be_left_out(exact):
     found = report(exact.model, exact.guide, rows_of(exact, 2), ledger=False, num_simulations=0)
     assert (found.gap, found.calibration) == (None, None)
-    assert "What the bound lacks" not in repr(found)
+    for text in (repr(found), found._repr_html_()):
+        assert "Beside draws of hmc" in text
+        assert "What the bound lacks" not in text
 
 
 def test_nuts_is_the_other_standard(exact):
