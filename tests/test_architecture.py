@@ -501,3 +501,14 @@ def test_no_paths_of_one_machine_in_the_project() -> None:
     paths += [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.txt"), ROOT / "Makefile"]
     sources = {path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
     assert no_paths_of_one_machine(sources) == []
+
+
+def test_links_among_the_diagnostics_lead_to_the_api_page() -> None:
+    page = set(re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE))
+    links: set[str] = set()
+    for name in page:
+        path = ROOT / f"{name.replace('.', '/')}.py"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        links |= set(re.findall(r"`~?(pyro_aevb\.diagnostics\.\w+)[.`]", text))
+    assert len(links) > 5
+    assert links <= page

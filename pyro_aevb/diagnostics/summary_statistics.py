@@ -31,6 +31,16 @@ def default_statistics(site: Site, data: Float[Tensor, "..."]) -> dict[str, Stat
     Returns:
         Yes or no: the share of ones, and over rows the spread of a row's share. Categories: the share of each. Other numbers:
         mean, sd, least and largest, and the share of zeros where the numbers are counts or the data hold zeros.
+
+    Example:
+        >>> from pyro_aevb.program.structure import read_structure
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Poisson(2.0), obs=x)
+        >>> x = torch.tensor([0.0, 3.0, 1.0, 0.0])
+        >>> found = default_statistics(read_structure(model, (x,)).sites["x"], x)
+        >>> {name: float(statistic(x)) for name, statistic in found.items() if name != "sd"}
+        {'mean': 1.0, 'min': 0.0, 'max': 3.0, 'zeros': 0.5}
     """
     support: Any = elementwise(site.support)
     found: dict[str, Statistic] = {"mean": _mean}
