@@ -66,6 +66,12 @@ def test_estimators_of_log_p_reach_quadrature_on_digits(bench: ModuleType) -> No
     assert [row.is_met for row in result.rows if row.bar] == [True] * 4
 
 
+def test_calibration_tells_right_guides_from_wrong_ones(bench: ModuleType) -> None:
+    result = module("calibration").run(quick=True)
+    assert [row for row in result.missed if not row.bar.endswith(" s")] == []  # times are no tests
+    assert [row.bar for row in result.rows] == ["> 0.001", "< 1e-06", "> 0.001", "< 1e-06", *["< 30 s"] * 3]
+
+
 def test_moments_of_parts_are_those_of_all_draws(bench: ModuleType) -> None:
     draws = 1e4 + torch.randn(6, 50, 3)
     found = module("amortized").moments_of(lambda part: {"z": draws[part]}, 6)["z"]
