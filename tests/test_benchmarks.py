@@ -3,8 +3,9 @@
 import importlib
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,6 +65,44 @@ needs_mnist = pytest.mark.skipif(
 def test_estimators_of_log_p_reach_quadrature_on_digits(bench: ModuleType) -> None:
     result = bench.COMPARISONS["evidence"](quick=False)
     assert [row.is_met for row in result.rows if row.bar] == [True] * 4
+
+
+@pytest.mark.slow
+@needs_mnist
+def test_rivals_take_the_same_steps_and_are_all_judged(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    rivals, num_steps = module("rivals"), []
+
+    def counted(train: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*parts: Any, **settings: Any) -> Any:
+            result = train(*parts, **settings)
+            num_steps.append(result.num_steps)
+            return result
+
+        return run
+
+    monkeypatch.setattr(rivals, "fit", counted(rivals.fit))
+    monkeypatch.setattr(rivals.MonteCarloEM, "fit", counted(rivals.MonteCarloEM.fit))
+    result = rivals.run(quick=True)
+    assert num_steps == [rivals.QUICK.num_steps] * 6
+    *judged, difference = result.rows
+    told = [re.fullmatch(r"1,000 digits, (.+): test log p\(x\)", row.quantity) for row in judged]
+    assert [found and found[1] for found in told] == [
+        "AEVB",
+        "wake-sleep",
+        "reweighted wake-sleep, K = 10",
+        "importance-weighted bound, K = 10",
+        "Monte Carlo EM",
+        "Pyro's mean field, all rows a step",
+    ]
+    for row in judged:
+        assert -300 < float(row.value) < -100  # 543 nats are 784 fair coins
+        assert math.isfinite(float(row.spread.removeprefix("SE ").split(";")[0]))
+    bounds = [row.spread.split("test bound ")[1].split(";")[0] for row in judged]
+    assert bounds[4:] == ["none", "none"]
+    assert all(-300 < float(bound) < -100 for bound in bounds[:4])
+    assert float(difference.value.removesuffix(" nats")) == pytest.approx(
+        float(bounds[0]) - float(bounds[1]), abs=0.011
+    )
 
 
 def test_calibration_tells_right_guides_from_wrong_ones(bench: ModuleType) -> None:
