@@ -240,7 +240,7 @@ class AEVB:
                 f"..., data_plate={settings['data_plate']!r})."
             )
         own = [setting.name for setting in fields(find_method(method))]
-        return self._call(log_marginal, batch, settings, also=own, method=method)
+        return self._call(log_marginal, batch, {"compile": self.compile, **settings}, also=own, method=method)
 
     def compare(self, *batch: Any, against: str = "hmc", **settings: Any) -> TrustReport:
         """Hold the guide against MCMC, log p(x) and the model's own data: :func:`pyro_aevb.trust_report`.

@@ -374,6 +374,19 @@ SETTINGS = {
     "patience without validation": Case(fitting(patience=3), SettingError, "patience needs validation.*got 3"),
     "patience below 1": Case(fitting(patience=0, validation=X), SettingError, "patience.*got 0"),
     "skipping below 0": Case(fitting(max_skipped=-1), SettingError, "max_skipped.*got -1"),
+    "compilation of a density": Case(
+        lambda model, guide, folder: LogDensity(model, X, compile="yes"),
+        SettingError,
+        "compile must be 'auto'.*got 'yes'",
+    ),
+    "compilation of chains": Case(
+        lambda model, guide, folder: hmc_posterior(model, X, compile=None),
+        SettingError,
+        "compile must be 'auto'.*got None",
+    ),
+    "compilation of an estimator": Case(
+        estimating("ais", guided=False, compile=2), SettingError, "compile must be 'auto', True or False, got 2"
+    ),
     "compilation in fit": Case(fitting(compile=1), SettingError, "compile must be 'auto', True or False, got 1"),
     "compilation": Case(
         lambda model, guide, folder: AEVB(model, guide, compile="yes"),

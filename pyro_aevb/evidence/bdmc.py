@@ -20,6 +20,7 @@ from pyro_aevb.evidence.rules import rate
 from pyro_aevb.evidence.summary import number
 from pyro_aevb.mcmc.noise import RowNoise
 from pyro_aevb.program.batch import as_tensors
+from pyro_aevb.program.compiling import Compile, check_compile
 from pyro_aevb.program.observations import ToBatch
 from pyro_aevb.program.rows import CHUNK_DRAWS, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
@@ -168,6 +169,7 @@ def bdmc(
     to_batch: ToBatch | None = None,
     chunk_size: int | None = None,
     data_plate: str | None = "auto",
+    compile: Compile = "auto",  # noqa: A002  torch's own word
     seed: int | None = None,
     progress: bool = True,
     **covariates: Any,
@@ -200,6 +202,7 @@ def bdmc(
         to_batch: Puts simulated values into a batch, for observations that are no views of an argument.
         chunk_size: Rows annealed at once; by default so many that some 50,000 draws are in memory.
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None``.
+        compile: Whether densities are recorded and compiled, as of :class:`~pyro_aevb.LogDensity`.
         seed: Seed of all draws; the generators are left as they were.
         progress: Whether to show a progress bar.
         **covariates: The template's keyword arguments.
@@ -226,6 +229,7 @@ def bdmc(
     check_count("num_simulations", num_simulations)
     check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, bdmc)
+    check_compile(compile)
     batch, covariates = as_tensors(batch, covariates)
     annealing = AIS(
         num_chains=num_chains,
@@ -236,7 +240,9 @@ def bdmc(
     )
     with inferring(seed, model, *([] if guide is None else [guide])):
         key = int(torch.randint(2**62, ()))  # before anything else draws, so that it hangs on the seed alone
-        simulator = Simulator(model, guide, (batch, covariates), data_plate=data_plate, given=given, to_batch=to_batch)
+        simulator = Simulator(
+            model, guide, (batch, covariates), data_plate=data_plate, given=given, to_batch=to_batch, compile=compile
+        )
         chunks = _Chunks(num_simulations, chunk_size or max(1, CHUNK_DRAWS // num_chains), key)
         with tqdm(total=1.0, disable=not progress, dynamic_ncols=True, bar_format=_BAR) as bar:
             problems = chunks.problems(simulator, lambda fraction: bar.update(min(fraction, 1 - bar.n)))

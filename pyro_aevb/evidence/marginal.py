@@ -18,6 +18,7 @@ from pyro_aevb.evidence.reciprocal import Reciprocal
 from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.evidence.running import EstimatorRun, name_quantity
 from pyro_aevb.program.batch import as_tensors
+from pyro_aevb.program.compiling import Compile, check_compile
 from pyro_aevb.program.rows import Rows, inferring
 from pyro_aevb.program.settings import NOTE, check_count, check_settings
 
@@ -46,6 +47,7 @@ def log_marginal(
     num_global_samples: int = 1,
     chunk_size: int | None = None,
     data_plate: str | None = "auto",
+    compile: Compile = "auto",  # noqa: A002  torch's own word
     seed: int | None = None,
     progress: bool = True,
     **settings: Any,
@@ -89,6 +91,7 @@ def log_marginal(
         chunk_size: Rows weighed at once; by default so many that some 50,000 draws are in memory. A model that draws its own
             rows runs as many as it draws, the last chunk padded.
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None``.
+        compile: Whether densities that chains run on are recorded and compiled, as of :class:`~pyro_aevb.LogDensity`.
         seed: Seed of the draws; the generators are left as they were. With a seed a row's value depends on neither ``chunk_size``
             nor, without a guide, on the rows after it, up to rounding; so it is where the prior draws by transforming as many
             random numbers for every row (not by rejection, as Gamma does). A guide draws for all rows at once: one row more or
@@ -126,6 +129,7 @@ def log_marginal(
     estimator = make_estimator(method, preset, num_samples, own)
     check_count("num_global_samples", num_global_samples)
     check_count("chunk_size", chunk_size, is_optional=True)
+    check_compile(compile)
     batch, covariates = as_tensors(batch, covariates)
     with inferring(seed, *((model,) if guide is None else (model, guide))):
         if isinstance(estimator, Importance) and estimator.proposal == "guide":
@@ -134,7 +138,7 @@ def log_marginal(
             label = name_quantity(rows.structure, num_global_samples)
             result = weights.run(label, chunk_size, progress=progress)
         else:
-            run = EstimatorRun(model, guide, (batch, covariates), data_plate, num_global_samples)
+            run = EstimatorRun(model, guide, (batch, covariates), data_plate, num_global_samples, compile=compile)
             result = run.estimate(estimator, chunk_size, progress=progress)
     result.warn_if_unreliable()
     return result

@@ -15,6 +15,7 @@ from pyro_aevb.evidence.averages import average_over_globals, joint_evidence
 from pyro_aevb.evidence.problem import Estimator, Problem
 from pyro_aevb.evidence.result import Bound, LogMarginal, concatenate
 from pyro_aevb.mcmc.noise import RowNoise
+from pyro_aevb.program.compiling import Compile
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.particles import as_draws
 from pyro_aevb.program.proposal import GuideDensity
@@ -34,6 +35,7 @@ class EstimatorRun:
         batch: All rows, as positional and keyword arguments.
         data_plate: As in :func:`~pyro_aevb.program.structure.read_structure`.
         num_global_samples: S, draws of the globals; of no account in a model without them.
+        compile: Whether densities are compiled, as of :class:`~pyro_aevb.LogDensity`.
 
     Attributes:
         density: The rows under the first draw of the globals.
@@ -52,6 +54,8 @@ class EstimatorRun:
         batch: tuple[Args, Kwargs],
         data_plate: str | None,
         num_global_samples: int,
+        *,
+        compile: Compile = False,  # noqa: A002  torch's own word
     ) -> None:
         args, kwargs = batch
         given: list[Values] = [{}]
@@ -60,7 +64,7 @@ class EstimatorRun:
         if rows is not None and rows.structure.has_globals and rows.structure.data_plate is not None:
             given, self.log_global = draw_globals(rows, num_global_samples)
         try:
-            self.density = LogDensity(model, *args, data_plate=data_plate, given=given[0], **kwargs)
+            self.density = LogDensity(model, *args, data_plate=data_plate, given=given[0], compile=compile, **kwargs)
         except ModelError:
             if guide is None:
                 _check_no_globals(read_structure(model, args, kwargs, data_plate=data_plate))

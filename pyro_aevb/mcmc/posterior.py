@@ -24,6 +24,7 @@ from pyro_aevb.mcmc.hmc import Advance, nothing, sample, start
 from pyro_aevb.mcmc.length import choose_num_leapfrog, measure_lengths
 from pyro_aevb.mcmc.noise import RowNoise
 from pyro_aevb.mcmc.starts import count_starts, draw_starts
+from pyro_aevb.program.compiling import Compile
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.model_rows import ModelRows
 from pyro_aevb.program.proposal import GuideDensity
@@ -53,6 +54,7 @@ def hmc_posterior(
     trajectory: Trajectory = "jittered",
     chunk_size: int | None = None,
     data_plate: str | None = "auto",
+    compile: Compile = "auto",  # noqa: A002  torch's own word
     seed: int | None = None,
     progress: bool = True,
     **covariates: Any,
@@ -89,6 +91,7 @@ def hmc_posterior(
             draw by more than rounding does. A model that draws its own rows runs as many as it draws, whatever this says.
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None`` to treat the whole model as one row, globals
             among its latents.
+        compile: Whether densities are recorded and compiled, as of :class:`~pyro_aevb.LogDensity`.
         seed: Seed of the draws; the generators are left as they were.
         progress: Whether to show a progress bar.
         **covariates: The batch's keyword arguments.
@@ -124,7 +127,7 @@ def hmc_posterior(
     check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, hmc_posterior)
     with inferring(seed, model, *([] if guide is None else [guide])):
-        density = LogDensity(model, *batch, data_plate=data_plate, given=given, **covariates)
+        density = LogDensity(model, *batch, data_plate=data_plate, given=given, compile=compile, **covariates)
         density.require_latents()
         _check_one_value(density)
         proposal = None if guide is None else GuideDensity(guide, density)

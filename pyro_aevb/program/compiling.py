@@ -9,14 +9,16 @@ result:
 for a recorded run of n operations. The constants are calibrated by ``python -m benchmarks.run compiled_step``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_aevb.errors import SettingError
+from pyro_aevb.program.swapping import swapped_buffers, swapped_parameters
 
 __all__ = [
     "Compile",
@@ -24,6 +26,8 @@ __all__ = [
     "compile_graph",
     "count_operations",
     "estimated_seconds",
+    "held_tensors",
+    "reading",
     "repays",
     "signature",
     "trace",
@@ -70,6 +74,22 @@ def signature(tensors: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(
         (item.shape, item.stride(), item.dtype, item.device) if isinstance(item, Tensor) else item for item in tensors
     )
+
+
+def held_tensors(graph: nn.Module) -> list[Tensor]:
+    """Return parameters and buffers that a graph holds, each once."""
+    return list({id(item): item for item in (*graph.parameters(), *graph.buffers())}.values())
+
+
+@contextmanager
+def reading(graph: nn.Module, others: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let a graph read, and write, other tensors in the place of those that it holds, which are keys by their ``id``."""
+
+    def stand_in(item: Tensor) -> Tensor:
+        return others[id(item)]
+
+    with swapped_parameters([graph], stand_in), swapped_buffers([graph], stand_in):
+        yield
 
 
 def trace(function: Callable[..., Any], *tensors: Tensor) -> fx.GraphModule:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_aevb._types import PyroProgram, Values
 from pyro_aevb.errors import ModelError, SettingError
 from pyro_aevb.program.batch import as_tensors
+from pyro_aevb.program.compiling import Compile, check_compile
 from pyro_aevb.program.model_rows import ModelRows
 from pyro_aevb.program.settings import as_values, check_count, check_covariates
 from pyro_aevb.program.structure import Structure
@@ -101,6 +102,8 @@ class LogDensity:
         *batch: Rows, as positional arguments of the model; numpy arrays are accepted.
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None`` to treat the whole model as one row.
         given: Values of the model's globals, each with the same leading axes or none.
+        compile: Whether evaluations with gradients are recorded and compiled for each shape of u: ``True`` at the first,
+            ``"auto"`` after so many that it repays, ``False`` never. They then have no second derivatives.
         **covariates: The batch's keyword arguments.
 
     Raises:
@@ -125,10 +128,13 @@ class LogDensity:
         *batch: Any,
         data_plate: str | None = "auto",
         given: Mapping[str, Tensor] | None = None,
+        compile: Compile = False,  # noqa: A002  torch's own word
         **covariates: Any,
     ) -> None:
         check_covariates(covariates, LogDensity.__init__)
-        self.source: Source = ModelRows.of(model, as_tensors(batch, covariates), data_plate, as_values(given))
+        check_compile(compile)
+        tensors, values = as_tensors(batch, covariates), as_values(given)
+        self.source: Source = ModelRows.of(model, tensors, data_plate, values, compile=compile)
 
     @classmethod
     def _of(cls, source: Source) -> "LogDensity":

@@ -14,6 +14,8 @@ from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import ModelError, SettingError
 from pyro_aevb.program.batch import batch_rows, take_rows
 from pyro_aevb.program.blocks import BLOCK_DRAWS, draw_in_blocks
+from pyro_aevb.program.compiled_rows import CompiledRows, Rows
+from pyro_aevb.program.compiling import Compile
 from pyro_aevb.program.coordinates import in_plates, inner_sizes
 from pyro_aevb.program.parameters import evaluating
 from pyro_aevb.program.row_checks import check_globals, check_independent_rows, check_observed
@@ -80,11 +82,19 @@ class ModelRows:
         self._parts: list[Part] | None = None
 
     @classmethod
-    def of(cls, model: PyroProgram, batch: tuple[Args, Kwargs], data_plate: str | None, given: Values) -> "ModelRows":
+    def of(
+        cls,
+        model: PyroProgram,
+        batch: tuple[Args, Kwargs],
+        data_plate: str | None,
+        given: Values,
+        *,
+        compile: Compile = False,  # noqa: A002  torch's own word
+    ) -> "ModelRows":
         """Read a model on a batch, and check both."""
 
         def read(args: Args, kwargs: Kwargs, data_plate: str | None) -> RowModel:
-            return RowModel(model, args, kwargs, data_plate)
+            return RowModel(model, args, kwargs, data_plate, compile=compile)
 
         with evaluating(model), torch.no_grad(), pyro.validation_enabled(False):
             found = _with_any_rows(read_rows(model, *batch, data_plate, read), batch)
@@ -193,28 +203,15 @@ class ModelRows:
 
     def evaluate(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return log prior and log likelihood."""
-        leading = self._leading(u)
-        prior, likelihood = self._sums(self.place(u))
-        return prior.reshape(*leading, -1), likelihood.reshape(*leading, -1)
+        prior, likelihood = self.evaluate_by(self.model.evaluate, u)
+        return prior, likelihood
 
-    def evaluate_with(self, u: Tensor, weigh: Callable[[Placed, Part], Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return what ``weigh`` makes of each run, ``[S, K, rows]``, and log prior and log likelihood of the same runs."""
+    def evaluate_by(self, run: CompiledRows, u: Tensor) -> tuple[Tensor, ...]:
+        """Return densities of all rows by runs on their parts."""
         leading = self._leading(u)
         flat = u.reshape(*self.split_leading(leading), *u.shape[-2:])
-
-        def run(part: Part) -> tuple[Tensor, Tensor, Tensor]:
-            placed = self.model.place(_pick(flat, part.own), part.args, part.kwargs, self.given.values)
-            return weigh(placed, part), *self._sums(placed)
-
-        weight, prior, likelihood = (item.reshape(*leading, -1) for item in self._each(run))
-        return weight, (prior, likelihood)
-
-    def _sums(self, placed: Placed) -> tuple[Tensor, Tensor]:
-        """Sum log prior, with the Jacobian, and log likelihood over sites."""
-        latents = [density for name, density in placed.log_probs.items() if name in self.model.layout.slots]
-        others = [density for name, density in placed.log_probs.items() if name not in self.model.layout.slots]
-        zero = placed.u.new_zeros(placed.u.shape[:3])
-        return sum([*latents, *placed.jacobians.values()], zero), sum(others, zero)
+        found = self._each(lambda part: run(_pick(flat, part.own), Rows(part.args, part.kwargs, self.given.values)))
+        return tuple(item.reshape(*leading, -1) for item in found)
 
     def constrain(self, u: Tensor) -> Values:
         """Carry u to the supports."""

@@ -27,6 +27,7 @@ from pyro_aevb._types import PyroProgram
 from pyro_aevb.errors import AEVBWarning, ParameterError, warn_user
 from pyro_aevb.program.reach import code_names, find_modules, modules_below
 from pyro_aevb.program.settings import check_programs
+from pyro_aevb.program.swapping import swapped_buffers, swapped_parameters
 from pyro_aevb.randomness import preserved_rng
 
 __all__ = [
@@ -36,8 +37,7 @@ __all__ = [
     "preserved_buffers",
     "preserved_param_store",
     "preserved_state",
-    "swapped_buffers",
-    "swapped_parameters",
+    "serving_program",
 ]
 
 
@@ -49,21 +49,6 @@ def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
     with preserved_rng(), swapped_buffers(modules, _copied):
         yield
-
-
-@contextmanager
-def swapped_buffers(modules: Iterable[nn.Module], replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Put other tensors in the place of modules' buffers; a buffer that two modules share is replaced in each."""
-    every = modules_below(modules)
-    saved = [dict(module._buffers) for module in every]
-    try:
-        for module in every:
-            swapped = {name: item if item is None else replace(item) for name, item in module._buffers.items()}
-            module._buffers.update(swapped)
-        yield
-    finally:
-        for module, buffers in zip(every, saved, strict=True):
-            module._buffers.update(buffers)
 
 
 def _copied(buffer: Tensor) -> Tensor:
@@ -128,6 +113,11 @@ def _isolated() -> Iterator[None]:
         yield
 
 
+def serving_program() -> "Program | None":
+    """Return the program whose ``pyro.param`` statements are being served."""
+    return _SERVING.get()
+
+
 class _DetachParameters(Messenger):
     """Detach the value of every ``pyro.param`` statement."""
 
@@ -137,29 +127,6 @@ class _DetachParameters(Messenger):
             detached: Any = value.detach()
             detached.unconstrained = lambda: value
             message["value"] = detached
-
-
-@contextmanager
-def swapped_parameters(modules: Iterable[nn.Module], replace: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
-    """Put other tensors in the place of modules' parameters.
-
-    ``torch.func.functional_call`` does not serve: it loses the parameters of a module that is registered under two names.
-
-    Args:
-        modules: The modules, with all that they hold.
-        replace: From a parameter to what stands in its place; called once for each parameter.
-    """
-    every = modules_below(modules)
-    saved = [dict(module._parameters) for module in every]
-    others = {id(item): replace(item) for held in saved for item in held.values() if item is not None}
-    try:
-        for module, held in zip(every, saved, strict=True):
-            swapped: Any = {name: item if item is None else others[id(item)] for name, item in held.items()}
-            module._parameters.update(swapped)
-        yield
-    finally:
-        for module, held in zip(every, saved, strict=True):
-            module._parameters.update(held)
 
 
 @contextmanager

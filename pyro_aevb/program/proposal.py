@@ -1,5 +1,6 @@
 """A guide as a density of the model's unconstrained coordinates: where importance samples, chains and annealing paths start."""
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,11 +14,12 @@ from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import GuideError, SettingError
 from pyro_aevb.program.agreement import check_separable, is_delta
 from pyro_aevb.program.blocks import BLOCK_DRAWS, draw_in_blocks
+from pyro_aevb.program.compiled_rows import CompiledRows
 from pyro_aevb.program.coordinates import in_plates, rows_first
 from pyro_aevb.program.density import Density, LogDensity
 from pyro_aevb.program.direct import directly
 from pyro_aevb.program.importance import ImportanceProgram
-from pyro_aevb.program.model_rows import ModelRows, Part
+from pyro_aevb.program.model_rows import ModelRows
 from pyro_aevb.program.parameters import evaluating
 from pyro_aevb.program.particles import Records
 from pyro_aevb.program.placing import Unmasked
@@ -75,11 +77,12 @@ class GuideDensity:
             rows.read, drawn=found.drawn or rows.read.drawn, needs_all=found.needs_all or rows.read.needs_all
         )
         self._rows = ModelRows(joined, rows.batch, rows.rows, rows.given)
+        self._evaluate = CompiledRows(self._weigh, self._program.modules, rows.model.evaluate.compile)
 
-    @classmethod
-    def _of(cls, program: ImportanceProgram, rows: ModelRows) -> "GuideDensity":
-        guide = cls.__new__(cls)
-        guide._program, guide._rows = program, rows
+    def _of(self, rows: ModelRows) -> "GuideDensity":
+        """Return the same guide on other rows."""
+        guide = copy.copy(self)
+        guide._rows = rows
         return guide
 
     @property
@@ -94,11 +97,11 @@ class GuideDensity:
 
     def rows(self, index: slice | Tensor) -> "GuideDensity":
         """Select rows; what was read of the guide is shared."""
-        return self._of(self._program, self._rows.select(index))
+        return self._of(self._rows.select(index))
 
     def given(self, values: Mapping[str, Tensor]) -> "GuideDensity":
         """Put other values of the globals, as :meth:`LogDensity.given` does."""
-        return self._of(self._program, self._rows.with_given(dict(values)))
+        return self._of(self._rows.with_given(dict(values)))
 
     def log_density(self, u: Float[Tensor, "*leading rows latent"]) -> Float[Tensor, "*leading rows"]:
         """Return log q of u in nats; differentiable in u. Costs one run of the guide and one of the model."""
@@ -108,7 +111,7 @@ class GuideDensity:
         self, u: Float[Tensor, "*leading rows latent"]
     ) -> tuple[Float[Tensor, "*leading rows"], Float[Tensor, "*leading rows"]]:
         """Return log q and the model's log joint of u in nats, by one run of each: the two ends of an annealing path."""
-        log_q, density = self._rows.evaluate_with(u, self._log_q)
+        log_q, *density = self._rows.evaluate_by(self._evaluate, u)
         return log_q, Density(*density).log_joint
 
     def draw(
@@ -129,14 +132,13 @@ class GuideDensity:
             u, log_q = draw_in_blocks(self._rows.rows, size, seed, draw)
         return u.reshape(*leading, *u.shape[2:]), log_q.reshape(*leading, -1)
 
-    def _log_q(self, placed: Placed, part: Part) -> Tensor:
-        """Weigh values that the model's run has placed, ``[S, K, rows]``."""
-        structure = self._rows.structure
+    def _weigh(self, u: Tensor, args: Args, kwargs: Kwargs, given: Values) -> tuple[Tensor, ...]:
+        """Return log q, log prior and log likelihood, by a run of the model that places the values and one of the guide."""
+        model, structure = self._rows.model, self._rows.structure
+        placed = model.place(u, args, kwargs, given)
         values = {name: in_plates(value, structure.sites[name], structure) for name, value in placed.values.items()}
-        records = self._run(
-            part.args, part.kwargs, (placed.u.shape[0], placed.u.shape[1]), values | self._rows.given.values
-        )
-        return self._sum(records, placed)
+        records = self._run(args, kwargs, (u.shape[0], u.shape[1]), values | given)
+        return self._sum(records, placed), *model.sums(placed)
 
     def _draw(self, args: Args, kwargs: Kwargs, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Draw from the guide and read u off by a run of the model."""

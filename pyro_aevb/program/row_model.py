@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_map
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.program.agreement import check_separable
+from pyro_aevb.program.compiled_rows import CompiledRows
+from pyro_aevb.program.compiling import Compile
 from pyro_aevb.program.coordinates import Layout, rows_first
 from pyro_aevb.program.fixed_rank import Ranks, module_ranks
 from pyro_aevb.program.parameters import detaching, evaluating, preserved_param_store, preserved_state
@@ -64,8 +66,10 @@ class RowModel:
         args: A batch of a few rows to read it on, as positional arguments.
         kwargs: The same, as keyword arguments.
         data_plate: As in :func:`~pyro_aevb.program.structure.read_structure`.
+        compile: Whether evaluations with gradients are compiled.
 
     Attributes:
+        evaluate: From u ``[S, K, rows, D]`` and rows to log prior and log likelihood ``[S, K, rows]``.
         structure: The model's structure.
         layout: The order of a row's coordinates.
         modules: Modules that the model reaches.
@@ -77,7 +81,15 @@ class RowModel:
         ModelError: If the model is not supported, or no latent belongs to rows.
     """
 
-    def __init__(self, model: PyroProgram, args: Args, kwargs: Kwargs, data_plate: str | None) -> None:
+    def __init__(
+        self,
+        model: PyroProgram,
+        args: Args,
+        kwargs: Kwargs,
+        data_plate: str | None,
+        *,
+        compile: Compile = False,  # noqa: A002  torch's own word
+    ) -> None:
         self.model = model
         self.batch = (args, kwargs)
         self.modules = find_modules(model)
@@ -93,6 +105,17 @@ class RowModel:
         self._dropped = [site.name for site in self.structure.select("imputed")]
         self._ranks: Ranks | None = None
         self._is_vectorized: dict[tuple[bool, bool], bool] = {}
+        self.evaluate = CompiledRows(self._weigh, self.modules, compile)
+
+    def _weigh(self, u: Tensor, args: Args, kwargs: Kwargs, given: Values) -> tuple[Tensor, Tensor]:
+        return self.sums(self.place(u, args, kwargs, given))
+
+    def sums(self, placed: Placed) -> tuple[Tensor, Tensor]:
+        """Sum log prior, with the Jacobian, and log likelihood over sites."""
+        latents = [density for name, density in placed.log_probs.items() if name in self.layout.slots]
+        others = [density for name, density in placed.log_probs.items() if name not in self.layout.slots]
+        zero = placed.u.new_zeros(placed.u.shape[:3])
+        return sum([*latents, *placed.jacobians.values()], zero), sum(others, zero)
 
     def place(self, u: Tensor, args: Args, kwargs: Kwargs, given: Values) -> Placed:
         """Run the model at u.

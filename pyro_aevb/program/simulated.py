@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import ModelError, SettingError
 from pyro_aevb.program.batch import batch_rows, describe_batch, take_rows
+from pyro_aevb.program.compiling import Compile
 from pyro_aevb.program.coordinates import Layout
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.model_rows import given_globals
@@ -52,6 +53,7 @@ class Simulator:
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None``: then each simulation is a data set.
         given: Values of the globals; without them they are drawn once from the guide where there is one.
         to_batch: Puts simulated values into a batch, for observations that are no views of an argument.
+        compile: Whether densities are compiled, as of :class:`~pyro_aevb.LogDensity`; not where simulations are data sets.
 
     Attributes:
         structure: The model's structure.
@@ -72,8 +74,12 @@ class Simulator:
         data_plate: str | None = "auto",
         given: Mapping[str, Tensor] | None = None,
         to_batch: ToBatch | None = None,
+        compile: Compile = False,  # noqa: A002  torch's own word
     ) -> None:
         self._model, self._guide, self._to_batch = model, guide, to_batch
+        self._compile: Compile = (
+            compile if data_plate is not None else False
+        )  # else each data set would be compiled for itself
         self._args, self._kwargs = batch
         self._rows = batch_rows(*batch) or 0
         if not self._rows and data_plate is not None:
@@ -122,7 +128,7 @@ class Simulator:
         args, kwargs = write_observations(
             self._model, args, kwargs, values, structure=structure, to_batch=self._to_batch
         )
-        density = LogDensity(self._model, *args, data_plate=plate, given=self.given, **kwargs)
+        density = LogDensity(self._model, *args, data_plate=plate, given=self.given, compile=self._compile, **kwargs)
         density.require_latents()
         guide = None if self._guide is None else GuideDensity(self._guide, density)
         latents = {site.name: values[site.name] for site in structure.select("latent") if site.name not in self.given}

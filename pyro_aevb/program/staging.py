@@ -23,7 +23,7 @@ from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.parameters import preserved_state
 from pyro_aevb.randomness import preserved_rng
 
-__all__ = ["compare", "first_line", "is_close", "record", "stage"]
+__all__ = ["compare", "export", "first_line", "is_close", "record", "stage"]
 
 _SEED = 13126114
 """Seed of the gate's two runs: none that a user's program is likely to be recorded under, so that frozen noise shows."""
@@ -74,13 +74,22 @@ def record(module: nn.Module, *inputs: Any, **named: Any) -> nn.Module:
             f"it an attribute of their nn.Module, or register it with pyro.module",
         )
     try:
-        # a graph holds the very buffers that the module has while it is recorded, so that these are not put aside
-        with preserved_rng(), pyro.get_param_store().scope(), pyro.validation_enabled(False), _quiet():
-            graph = torch.export.export(module, inputs, named, strict=False).module()
+        graph = export(module, *inputs, **named)
     except Exception as error:
         return _eager(module, f"it can't be recorded ({first_line(error)})")
     reason = compare(module, graph, inputs, named)
     return _eager(module, reason) if reason else graph
+
+
+def export(module: nn.Module, *inputs: Any, **named: Any) -> nn.Module:
+    """Record one run of a module as a graph, whatever its numbers are.
+
+    Raises:
+        Exception: Whatever torch raises at what it can't record.
+    """
+    # a graph holds the very buffers that the module has while it is recorded, so that these are not put aside
+    with preserved_rng(), pyro.get_param_store().scope(), pyro.validation_enabled(False), _quiet():
+        return torch.export.export(module, inputs, named, strict=False).module()
 
 
 def _loss(output: Any) -> Tensor:

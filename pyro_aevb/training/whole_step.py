@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from pyro_aevb.program.compiling import compile_graph, count_operations, signature, trace
-from pyro_aevb.program.parameters import swapped_buffers, swapped_parameters
+from pyro_aevb.program.compiling import compile_graph, count_operations, reading, signature, trace
 from pyro_aevb.program.staging import is_close
 from pyro_aevb.randomness import seeded
 
@@ -189,8 +188,7 @@ class WholeStep:
         others = {id(a): b for a, b in zip(own.parameters + own.frozen, live + state.frozen, strict=True)}
         others |= {id(a): b for a, b in zip(own.buffers, state.buffers, strict=True)}
         args, kwargs = batch[: self.num_args], dict(zip(self.names, batch[self.num_args :], strict=True))
-        stands_in: Callable[[Tensor], Tensor] = lambda item: others[id(item)]  # noqa: E731  two uses below
-        with swapped_parameters([self.graph], stands_in), swapped_buffers([self.graph], stands_in), torch.enable_grad():
+        with reading(self.graph, others), torch.enable_grad():
             loss, bound = self.graph(*args, **kwargs)
             gradients = torch.autograd.grad(loss, live, allow_unused=True)
         return loss, bound.detach(), gradients
