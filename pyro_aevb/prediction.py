@@ -5,12 +5,12 @@ rows, then inner plates (outer first, axes of size 1 dropped), then the event. G
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
-from torch import Tensor
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
 from pyro_aevb.errors import SettingError
@@ -183,13 +183,20 @@ class _Draws:
         self, read: Callable[[Args, Kwargs, ParticleAxes], list[SiteRecord]], chunk_size: int | None, *, progress: bool
     ) -> Values:
         """Run every chunk and join local sites along the rows."""
-        axes = self.program.axes(self.num_samples, 1)
-        parts: dict[str, list[Tensor]] = {}
+        axes = replace(self.program.axes(self.num_samples, 1), is_weighed=False)
+        draws: Values = {}
+        done = 0
         for args, kwargs, count in self.rows.chunks(chunk_size, self.num_samples, progress=progress):
             for site in read(args, kwargs, axes):
-                draws = as_draws(site, self.structure)
-                parts.setdefault(site.name, []).append(draws[:, :count] if self._has_rows(site.name) else draws)
-        return {name: torch.cat(part, 1) if self._has_rows(name) else part[0] for name, part in parts.items()}
+                part = as_draws(site, self.structure)
+                if not self._has_rows(site.name):
+                    draws.setdefault(site.name, part)
+                    continue
+                if site.name not in draws:
+                    draws[site.name] = part.new_empty(len(part), self.rows.count or count, *part.shape[2:])
+                draws[site.name][:, done : done + count] = part[:, :count]
+            done += count
+        return draws
 
     def _has_rows(self, name: str) -> bool:
         return self.structure.data_plate is not None and self.structure.sites[name].is_local

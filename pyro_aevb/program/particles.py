@@ -46,11 +46,13 @@ class ParticleAxes:
         num_particles: S, draws of everything, averaged outside the logarithm.
         num_importance_samples: K, draws of the local sites, averaged inside it.
         is_vectorized: Whether plates carry the axes; else the program runs S * K times.
+        is_weighed: Whether sites are weighed; a draw alone does without.
     """
 
     num_particles: int = 1
     num_importance_samples: int = 1
     is_vectorized: bool = True
+    is_weighed: bool = True
 
     @property
     def is_single(self) -> bool:
@@ -66,7 +68,8 @@ class SiteRecord:
         name: The site.
         fns: Its distribution, one per run of the program.
         value: Its value with the particle axes of the run.
-        log_prob: Log density summed over all but particles, importance samples and rows: ``[S, K, rows]`` or ``[S]``.
+        log_prob: Log density summed over all but particles, importance samples and rows: ``[S, K, rows]`` or ``[S]``; ``[0]``
+            where sites are not weighed.
         is_local: Whether it lies inside the data plate.
         is_observed: Whether its value is given.
         is_auxiliary: Whether it is a guide's auxiliary site.
@@ -168,12 +171,14 @@ def _record(node: dict[str, Any], structure: Structure, axes: ParticleAxes) -> S
         scaled = scale_and_mask(parts[0], scale, node["mask"])
         return _to_rows(scaled, structure, axes, (is_local, data_dim, rows), node["name"])
 
-    log_prob = node["fn"].log_prob(unmasked_value(node), *node["args"], **node["kwargs"])
+    log_prob = torch.empty(0)
+    if axes.is_weighed:
+        log_prob = reduce([node["fn"].log_prob(unmasked_value(node), *node["args"], **node["kwargs"])])
     return SiteRecord(
         name=node["name"],
         fns=(node["fn"],),
         value=node["value"],
-        log_prob=reduce([log_prob]),
+        log_prob=log_prob,
         is_local=is_local,
         is_observed=node["is_observed"],
         is_auxiliary=bool(node["infer"].get("is_auxiliary", False)),
@@ -220,7 +225,8 @@ def _run_loop(
         runs.append([])
         for k in range(axes.num_importance_samples):
             given = shared | {name: _slice(value, s, k, structure.ranks[name]) for name, value in values.items()}
-            record = run_program(program, structure, ParticleAxes(), args, kwargs, values=given)
+            single = ParticleAxes(is_weighed=axes.is_weighed)
+            record = run_program(program, structure, single, args, kwargs, values=given)
             runs[-1].append(record)
             shared = {name: site.value for name, site in record.items() if not site.is_local and not site.is_observed}
     return {name: _stack_site([[record[name] for record in row] for row in runs], structure) for name in runs[0][0]}
@@ -264,7 +270,7 @@ def _stack_site(runs: list[list[SiteRecord]], structure: Structure) -> SiteRecor
         name=first.name,
         fns=tuple(fn for row in runs for site in row for fn in site.fns),
         value=value,
-        log_prob=stack_log_prob(),
+        log_prob=stack_log_prob() if first.log_prob.numel() else first.log_prob,
         is_local=first.is_local,
         is_observed=first.is_observed,
         is_auxiliary=first.is_auxiliary,
