@@ -26,10 +26,13 @@ from pyro_aevb.mcmc.noise import RowNoise, Stream
 
 __all__ = ["run"]
 
+COMPILED = "pyro_aevb, Pyro model, compiled"
 OURS = "pyro_aevb, Pyro model"
 PLAIN = "pyro_aevb, plain function"
 GRADIENT = "bare gradient, plain function"
 BLACKJAX = "BlackJAX, vmap and jit"
+COMPILED_GRADIENT = "bare gradient, compiled"
+COMPILED_ANNEALING = "annealing, Pyro model, compiled"
 PYRO = "Pyro HMC, one row"
 ANNEALING = "annealing, plain function"
 TWO_GRADIENTS = "bare gradients of prior and joint, plain function"
@@ -53,14 +56,16 @@ def run(*, quick: bool) -> Result:
         times = interleave(_contenders(vae, x), num_rounds=num_rounds, num_steps=num_steps, num_warmup=num_steps)
     measured = Measured({name: [ms / LEAPFROGS for ms in values] for name, values in times.items()})
     return Result(
-        title="One leapfrog step for 1,000 rows at once, without compilation",
+        title="One leapfrog step for 1,000 rows at once",
         setting=f"3-100-784 decoder, {ROWS:,} rows, one chain a row, trajectories of {LEAPFROGS} leapfrog steps, float32, 2 "
         f"threads. {num_rounds} rounds of {num_steps} trajectories of each contender in turn after {num_steps} of warm-up. Medians "
         "over rounds; ratios are taken round by round; spread: the middle half and all rounds.",
         rows=_table(measured),
         notes=(
-            "A trajectory costs as many gradients as leapfrog steps; drawing momenta and accepting are part of it. All eager.",
-            "Annealing: the time of as many leapfrog steps, divided by that of the gradients it needs (of prior and of joint).",
+            "A trajectory costs as many gradients as leapfrog steps; drawing momenta and accepting are part of it. Eager but for "
+            "what says compiled: `LogDensity(model, x, compile=True)`, and BlackJAX.",
+            "Annealing: the time of as many leapfrog steps, divided by that of the gradients it needs (of prior and of joint, "
+            "which one compiled evaluation gives both).",
             "Pyro's HMC runs one row with a fixed step size, after its warm-up; its time is per leapfrog step of that row.",
             *(
                 ()
@@ -74,8 +79,11 @@ def run(*, quick: bool) -> Result:
 def _contenders(vae: VAE, x: Tensor) -> dict[str, Block]:
     decoder = vae.decoder.requires_grad_(False)
     joint = partial(_log_joint, decoder, x)
-    density = LogDensity(vae.model, x)
+    density, compiled = (LogDensity(vae.model, x, compile=is_compiled) for is_compiled in (False, True))
     contenders = {
+        COMPILED: _trajectories(compiled.log_joint),
+        COMPILED_GRADIENT: _gradients(compiled.log_joint),
+        COMPILED_ANNEALING: _annealing(partial(_model_path, compiled)),
         OURS: _trajectories(density.log_joint),
         PLAIN: _trajectories(joint),
         GRADIENT: _gradients(joint),
@@ -99,6 +107,11 @@ def _log_joint(decoder: nn.Module, x: Tensor, u: Tensor) -> Tensor:
 
 def _path(decoder: nn.Module, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return _log_prior(u), _log_joint(decoder, x, u)
+
+
+def _model_path(density: LogDensity, u: Tensor) -> tuple[Tensor, Tensor]:
+    value = density(u)
+    return value.log_prior, value.log_joint
 
 
 def _trajectories(target: Callable[[Tensor], Tensor]) -> Block:
@@ -192,9 +205,22 @@ def _table(measured: Measured) -> list[Row]:
     rows.append(_ratio("transition / bare gradient", times[PLAIN], times[GRADIENT]))
     rows.append(_ratio("Pyro model / plain function", times[OURS], times[PLAIN]))
     rows.append(_ratio("annealing / bare gradients", times[ANNEALING], times[TWO_GRADIENTS], "<= 1.25"))
-    rows.append(_factor("times faster than Pyro's HMC, per row and gradient", times[PYRO], times[OURS], 500))
+    rows.append(_ratio("compiled transition / bare compiled gradient", times[COMPILED], times[COMPILED_GRADIENT]))
+    rows.append(
+        _ratio(
+            "compiled annealing / bare compiled gradients",
+            times[COMPILED_ANNEALING],
+            times[COMPILED_GRADIENT],
+            "<= 1.2",
+        )
+    )
+    rows.append(_factor("times faster than Pyro's HMC, per row and gradient: eager", times[PYRO], times[OURS]))
+    rows.append(
+        _factor("times faster than Pyro's HMC, per row and gradient: compiled", times[PYRO], times[COMPILED], 800)
+    )
     if BLACKJAX in times:
-        rows.append(_ratio("pyro_aevb, Pyro model / BlackJAX", times[OURS], times[BLACKJAX], "<= 1.2"))
+        rows.append(_ratio("pyro_aevb, Pyro model, compiled / BlackJAX", times[COMPILED], times[BLACKJAX], "<= 1.1"))
+        rows.append(_ratio("pyro_aevb, Pyro model / BlackJAX", times[OURS], times[BLACKJAX]))
         rows.append(_ratio("pyro_aevb, plain function / BlackJAX", times[PLAIN], times[BLACKJAX]))
         rows.append(_factor("times faster than Pyro's HMC: BlackJAX", times[PYRO], times[BLACKJAX]))
     return rows
