@@ -79,10 +79,13 @@ class SharedIndices(Messenger):
 
 
 class SpentNoise(Messenger):
-    """Draw what replayed sites would have drawn and drop it, so that other noise, of dropout, comes out as it did."""
+    """Draw what replayed sites would have drawn and drop it, so that other noise, of dropout, comes out as it did.
+
+    Not while a graph is recorded: it can't go back to earlier noise, and would draw more than an eager run does.
+    """
 
     def _pyro_post_sample(self, message: Message) -> None:
-        if not message["is_observed"]:
+        if not message["is_observed"] and not torch.compiler.is_compiling():
             with torch.no_grad():
                 message["fn"]()
 

@@ -148,12 +148,14 @@ class _Run(NamedTuple):
         gradients: Gradient of each parameter, ``None`` where it has none.
         buffers: Buffers after the run, by name.
         rebound: Names of buffers that the run replaced instead of writing into them.
+        next_draw: What is drawn next, after all that the run drew.
     """
 
     loss: Tensor
     gradients: dict[str, Tensor | None]
     buffers: dict[str, Tensor]
     rebound: list[str]
+    next_draw: Tensor
 
 
 def compare(module: nn.Module, graph: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> str:
@@ -174,6 +176,8 @@ def compare(module: nn.Module, graph: nn.Module, inputs: tuple[Any, ...], named:
     for name, buffer in recorded.buffers.items():
         if name in eager.buffers and not is_close(eager.buffers[name], buffer):
             return f"the recorded run leaves another value in buffer {name!r} than the eager one"
+    if not torch.equal(eager.next_draw, recorded.next_draw):
+        return "the recorded run draws more or fewer random numbers than the eager one"
     return ""
 
 
@@ -186,9 +190,10 @@ def _run(run: nn.Module, parameters: dict[str, nn.Parameter], inputs: tuple[Any,
         gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
         if parameters and loss.requires_grad:
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        next_draw = torch.rand((), device=loss.device)
         buffers = {name: buffer.clone() for name, buffer in run.named_buffers()}
         rebound = [name for name, buffer in run.named_buffers() if before.get(name) is not buffer]
-        return _Run(loss.detach(), dict(zip(parameters, gradients, strict=True)), buffers, rebound)
+        return _Run(loss.detach(), dict(zip(parameters, gradients, strict=True)), buffers, rebound, next_draw)
 
 
 def is_close(a: Tensor | None, b: Tensor | None, *, like: Iterable[Tensor | None] = ()) -> bool:

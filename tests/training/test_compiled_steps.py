@@ -48,18 +48,17 @@ def steppers(name, objective, *, make=adam, **settings):
 
 
 def assert_same_steps(eager, compiled, batches):
-    """Take the same steps under the same seeds, and compare bounds, parameters, buffers and the optimizers' states."""
-    for number, rows in enumerate(batches):
-        bounds = []
-        for stepper in (eager, compiled):
-            pyro.set_rng_seed(number)
-            with pyro.validation_enabled(False):
-                bounds.append(stepper.step(Batch((rows,), {})))
-        assert bounds[1] == pytest.approx(bounds[0], rel=1e-5 if rows.dtype == torch.float32 else 1e-10, nan_ok=True)
+    """Take the same steps under one seed, and compare bounds, parameters, buffers and the optimizers' states."""
+    bounds = []
+    for stepper in (eager, compiled):
+        pyro.set_rng_seed(0)
+        with pyro.validation_enabled(False):
+            bounds.append([stepper.step(Batch((rows,), {})) for rows in batches])
+    assert bounds[1] == pytest.approx(bounds[0], rel=1e-5 if batches[0].dtype == torch.float32 else 1e-10, nan_ok=True)
     eager.finish()
     compiled.finish()
     assert compiled.staging.decision.startswith("compiled")
-    tolerance = 2e-4 if rows.dtype == torch.float32 else 1e-9
+    tolerance = 2e-4 if batches[0].dtype == torch.float32 else 1e-9
     ours, theirs = compiled.module.state_dict(), eager.module.state_dict()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=tolerance, atol=tolerance)
