@@ -150,6 +150,12 @@ def check_trust(text):
     assert flow[:4] == pytest.approx(exact, abs=0.35)
     assert centred[4] > 2.0 > 0.5 > rewritten[4] > normal[4] > flow[4] > -0.02  # nats; 20,000 draws of the bound
     assert rewritten[3] < 0.85 * exact[3] < exact[3] < normal[3]  # too narrow, and a tail too heavy
+    evidence, error = numbers_after(text, "joint log evidence ")
+    assert evidence == pytest.approx(-31.3113, abs=4 * error)
+    assert error < 0.02
+    found, error = numbers_after(text, "inference gap ")
+    assert found == pytest.approx(normal[4], abs=4 * error + 0.03)  # 20,000 draws there, and two decimals
+    assert numbers_after(text, "- amortization gap ")[0] == pytest.approx(0.0, abs=0.01)  # one row, that of training
     linear, wider, full, refined = (
         ledger_after(text, name) for name in ("linear encoder  ", "wider encoder  ", "full covariance", "refined")
     )
