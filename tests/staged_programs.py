@@ -2,13 +2,21 @@
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch.distributions import constraints
 
-from pyro_aevb import IWELBO, SGVB
+from pyro_aevb import (
+    IWELBO,
+    SGVB,
+    AutoAmortizedFlow,
+    AutoAmortizedMultivariateNormal,
+    AutoAmortizedNormal,
+    ReweightedWakeSleep,
+)
 
 softplus = nn.functional.softplus
 
@@ -100,6 +108,24 @@ def methods(module):
     return module.model, module.guide
 
 
+class Decoder(nn.Module):
+    """A model for guides that build themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 4)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.net(z), 0.5).to_event(1), obs=x)
+
+
+def automatic(kind):
+    model = Decoder()
+    return model, kind(model)
+
+
 PROGRAMS = {
     "nn.Module": lambda: methods(Autoencoder()),
     "PyroParam, global": lambda: (with_global, Constrained()),
@@ -108,6 +134,9 @@ PROGRAMS = {
     "convolution and BatchNorm": lambda: methods(Convolutional()),
     "dropout": lambda: methods(Autoencoder(nn.Dropout(0.5))),
     "Gamma": lambda: methods(Gammas()),
+    "AutoAmortizedNormal": lambda: automatic(AutoAmortizedNormal),
+    "AutoAmortizedMultivariateNormal": lambda: automatic(AutoAmortizedMultivariateNormal),
+    "AutoAmortizedFlow": lambda: automatic(AutoAmortizedFlow),
 }
 OBJECTIVES = {
     "A": lambda: SGVB(kl="sampled"),
@@ -116,9 +145,10 @@ OBJECTIVES = {
     "score": lambda: SGVB(gradient="score"),
     "importance weighted": lambda: IWELBO(3),
     "dreg": lambda: IWELBO(3, 2, gradient="dreg"),
+    "reweighted wake-sleep": lambda: ReweightedWakeSleep(3),
 }
 JOINT = {("AutoNormal, global", name) for name in ("importance weighted", "dreg")}
-NOISE_AGAIN = {("dropout", name) for name in ("stl", "score", "dreg")}
+NOISE_AGAIN = {("dropout", name) for name in ("stl", "score", "dreg", "reweighted wake-sleep")}
 """Graphs can't draw the same mask twice, which weighing a draw once more needs: these run eagerly."""
 
 
@@ -126,4 +156,13 @@ def batch(name):
     return torch.randn(6, 1, 4, 4) if name == "convolution and BatchNorm" else torch.randn(6, 4)
 
 
-CASES = [(p, o) for p in PROGRAMS for o in OBJECTIVES if (p, o) not in JOINT | NOISE_AGAIN]
+WITHOUT_GLOBALS = {(name, "reweighted wake-sleep") for name in PROGRAMS if "global" in name}
+FLOWS = {("AutoAmortizedFlow", name) for name in OBJECTIVES if name != "A"}
+"""Thousands of operations each."""
+
+CASES = [
+    pytest.param(p, o, id=f"{p}, {o}", marks=pytest.mark.slow if (p, o) in FLOWS else ())
+    for p in PROGRAMS
+    for o in OBJECTIVES
+    if (p, o) not in JOINT | NOISE_AGAIN | WITHOUT_GLOBALS
+]

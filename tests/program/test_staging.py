@@ -34,7 +34,7 @@ def assert_same(eager, recorded):
             torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance * float(a.abs().max()))
 
 
-@pytest.mark.parametrize(("name", "objective"), CASES, ids=[", ".join(case) for case in CASES])
+@pytest.mark.parametrize(("name", "objective"), CASES)
 def test_loss_and_gradients_are_those_of_an_eager_run(name, objective):
     model, guide = PROGRAMS[name]()
     x = batch(name)

@@ -70,7 +70,7 @@ def assert_same_steps(eager, compiled, batches):
 
 
 @pytest.mark.usefixtures("traced_only")
-@pytest.mark.parametrize(("name", "objective"), CASES, ids=[", ".join(case) for case in CASES])
+@pytest.mark.parametrize(("name", "objective"), CASES)
 def test_steps_are_those_of_torch(name, objective):
     torch.set_default_dtype(torch.float64)
     eager, compiled, *_ = steppers(name, OBJECTIVES[objective])
@@ -84,7 +84,7 @@ def test_machine_code_takes_these_steps(name, objective):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "objective"), CASES, ids=[", ".join(case) for case in CASES])
+@pytest.mark.parametrize(("name", "objective"), CASES)
 def test_machine_code_takes_all_steps(name, objective):
     eager, compiled, *_ = steppers(name, OBJECTIVES[objective])
     assert_same_steps(eager, compiled, [batch(name) for _ in range(3)])
