@@ -29,7 +29,7 @@ from pyro_aevb.training.data import Batch
 from pyro_aevb.training.staged import Staging
 from pyro_aevb.training.stepper import Stepper, default_optimizer
 
-__all__ = ["groups_of_eight", "run"]
+__all__ = ["run"]
 
 COMPILED = "AEVB, compiled"
 EAGER = "AEVB, eager"
@@ -93,7 +93,7 @@ def run(*, quick: bool) -> Result:
     )
 
 
-def groups_of_eight(num_groups: int) -> Tensor:
+def _groups_of_eight(num_groups: int) -> Tensor:
     """Simulate groups of eight around means of their own."""
     theta = 1.0 + 2.0 * torch.randn(num_groups, 1)
     return theta + torch.randn(num_groups, 8)
@@ -115,7 +115,7 @@ def _vae() -> dict[str, Block]:
 
 def _groups() -> dict[str, Block]:
     torch.manual_seed(0)
-    batches = groups_of_eight(20 * 256).reshape(20, 256, 8)
+    batches = _groups_of_eight(20 * 256).reshape(20, 256, 8)
 
     def make() -> Groups:
         torch.manual_seed(0)

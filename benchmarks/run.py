@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks import (
     build_time,
+    calibration,
     compile_time,
     compiled_step,
     eight_schools,
@@ -43,6 +44,7 @@ COMPARISONS: dict[str, Callable[..., Result]] = {
     "leapfrog": leapfrog.run,
     "memory": memory.run,
     "rivals": rivals.run,
+    "calibration": calibration.run,
 }
 """Every comparison, in the order of the page; a new one is a module with ``run(*, quick) -> Result`` and a line here."""
 

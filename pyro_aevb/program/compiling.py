@@ -109,6 +109,8 @@ def compile_graph(graph: fx.GraphModule, *tensors: Tensor) -> Callable[..., Any]
         if standalone is None:  # before torch 2.8; the other way checks every tensor again at each call
             compiled: Any = torch.compile(graph, options={"fallback_random": True}, fullgraph=True)
         else:
-            options = {"config_patches": {"fallback_random": True}}
+            # what calls the kernels is C++ too: a quarter of the time of a small program, for no longer compilation
+            patches = {"fallback_random": True, "cpp_wrapper": all(item.device.type == "cpu" for item in tensors)}
+            options = {"config_patches": patches}
             compiled = standalone(graph, list(tensors), dynamic_shapes="from_example_inputs", options=options)
     return torch.no_grad()(compiled)

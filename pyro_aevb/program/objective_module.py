@@ -90,15 +90,15 @@ class ObjectiveModule(nn.Module):
 
         The globals' part is left out, but for Pyro's own losses, which do not tell it from the rows'.
         """
-        evaluate = getattr(self.objective, "evaluate", None)
-        if evaluate is None:
+        bounds = getattr(self.objective, "bounds", None)
+        if bounds is None:
             with self.program.running():
                 loss = self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
             structure = self.structure
             is_sized = structure is not None and structure.full_size != structure.rows
             return -loss / (structure.full_size if structure is not None and is_sized else self._rows(args, kwargs))
         with self.running():
-            return evaluate(self.model, self.guide, *args, **kwargs).bounds.local.mean()
+            return bounds(self.model, self.guide, *args, **kwargs).local.mean()
 
     @staticmethod
     def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
