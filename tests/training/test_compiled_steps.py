@@ -86,6 +86,7 @@ def test_machine_code_takes_these_steps(name, objective):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "objective"), CASES)
 def test_machine_code_takes_all_steps(name, objective):
+    torch.set_default_dtype(torch.float64)
     eager, compiled, *_ = steppers(name, OBJECTIVES[objective])
     assert_same_steps(eager, compiled, [batch(name) for _ in range(3)])
 
