@@ -99,7 +99,7 @@ class Stepper:
         if not whole.takes(*batch):
             whole.leave()
             return self._parted_step(batch)
-        bound = float(whole(*batch))
+        bound = whole(*batch)
         return bound if bound == bound else None
 
     def _parted_step(self, batch: Batch) -> float | None:

@@ -10,6 +10,7 @@ Where loss or gradient is not finite, nothing changes and the bound is NaN. Para
 written in place, so that an eager step can follow at any time.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,8 +39,8 @@ class _Tensors(NamedTuple):
         parameters: Trained parameters.
         averages: Adam's m of each.
         squares: Adam's v of each.
-        steps: t, steps so far.
-        learning_rate: Of this step.
+        step_size: The learning rate over 1 - beta_1^t.
+        correction: The root of 1 - beta_2^t.
         frozen: Parameters that are not trained.
         buffers: Buffers of model and guide.
     """
@@ -47,8 +48,8 @@ class _Tensors(NamedTuple):
     parameters: list[Tensor]
     averages: list[Tensor]
     squares: list[Tensor]
-    steps: Tensor
-    learning_rate: Tensor
+    step_size: Tensor
+    correction: Tensor
     frozen: list[Tensor]
     buffers: list[Tensor]
 
@@ -96,7 +97,8 @@ class WholeStep:
         self.settings = optimizer.param_groups[0]
         self.tensors = self._gather(self.settings["params"])
         self.used = [True] * len(self.tensors.parameters)
-        self._is_inside = False
+        self.constants = self._constants()
+        self._num_steps: int | None = None  # since the optimizer was told
         copies = [tensor.detach().clone() for tensor in (*self.tensors.flat(), *batch)]
         with seeded(0):
             traced = trace(self._step, *copies)
@@ -113,23 +115,33 @@ class WholeStep:
             parameters=list(parameters),
             averages=[torch.zeros_like(parameter) for parameter in parameters],
             squares=[torch.zeros_like(parameter) for parameter in parameters],
-            # as torch makes it
-            steps=torch.zeros((), device=first.device, dtype=torch.float32 if self.settings.get("fused") else None),
-            learning_rate=torch.zeros((), device=first.device, dtype=torch.float64),
+            step_size=torch.ones((), device=first.device, dtype=first.dtype),
+            correction=torch.ones((), device=first.device, dtype=first.dtype),
             frozen=[parameter for parameter in self.graph.parameters() if id(parameter) not in trained],
             buffers=list(buffers.values()),
         )
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Tell whether a batch has the shapes that the step was recorded on."""
-        return tuple(kwargs) == self.names and signature([*args, *kwargs.values()]) == self.signature
+        """Tell whether a batch has the shapes that the step was recorded on, and Adam the settings."""
+        is_like = tuple(kwargs) == self.names and signature([*args, *kwargs.values()]) == self.signature
+        return is_like and self._constants() == self.constants
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _constants(self) -> tuple[Any, ...]:
+        """Return what of Adam's settings the graph holds; a schedule may change them."""
+        return tuple(self.settings[name] for name in ("betas", "eps", "weight_decay"))
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Take a step and return the bound in nats per row; NaN where nothing was changed."""
-        if not self._is_inside:
-            self._enter()
-        self.tensors.learning_rate.fill_(self.settings["lr"])
-        return self.run(*self.flat, *args, *kwargs.values())[0]
+        if self._num_steps is None:
+            self._num_steps = int(self._steps()[0])
+        beta1, beta2 = self.settings["betas"]
+        number = self._num_steps + 1
+        self.tensors.step_size.fill_(float(self.settings["lr"]) / (1 - beta1**number))
+        self.tensors.correction.fill_(math.sqrt(1 - beta2**number))
+        bound = float(self.run(*self.flat, *args, *kwargs.values())[0])
+        if bound == bound:
+            self._num_steps = number
+        return bound
 
     def _hold_state(self) -> None:
         """Keep the state where the optimizer looks for it; what it has from earlier steps is taken over."""
@@ -139,7 +151,9 @@ class WholeStep:
                 average.copy_(state["exp_avg"])
                 square.copy_(state["exp_avg_sq"])
             if is_used:
-                state.setdefault("step", self.tensors.steps.clone())
+                # of the type that torch makes
+                dtype = torch.float32 if self.settings.get("fused") else torch.get_default_dtype()
+                state.setdefault("step", torch.zeros((), device=parameter.device, dtype=dtype))
                 state["exp_avg"], state["exp_avg_sq"] = average, square
             elif not state:
                 del self.optimizer.state[parameter]
@@ -148,16 +162,12 @@ class WholeStep:
     def _steps(self) -> list[Tensor]:
         return [state["step"] for state in self.optimizer.state.values() if "step" in state]
 
-    def _enter(self) -> None:
-        self.tensors.steps.copy_(self._steps()[0])
-        self._is_inside = True
-
     def leave(self) -> None:
         """Tell the optimizer how many steps were taken, before it takes one itself or its state is read."""
-        if self._is_inside:
+        if self._num_steps is not None:
             for step in self._steps():
-                step.copy_(self.tensors.steps)
-        self._is_inside = False
+                step.fill_(self._num_steps)
+        self._num_steps = None
 
     def _step(self, *flat: Tensor) -> tuple[Tensor]:
         """Take one step, written in operations that can be traced."""
@@ -167,9 +177,9 @@ class WholeStep:
         present = [gradient for gradient in gradients if gradient is not None]
         self.used = [gradient is not None for gradient in gradients]
         norm, factor = self._clipping(present)
-        is_finite = torch.isfinite(loss) & torch.isfinite(norm)
-        steps = state.steps + is_finite.to(state.steps)
-        update = self._adam(steps, state.learning_rate)
+        # a reduction: it is computed once, where a product of two flags would be computed anew for each entry of a parameter
+        is_finite = torch.stack([loss.to(norm), norm]).isfinite().all()
+        update = self._adam(state.step_size, state.correction)
         for parameter, average, square, gradient in zip(*state[:3], gradients, strict=True):
             if gradient is not None:
                 for old, new in zip(
@@ -178,7 +188,6 @@ class WholeStep:
                     old.copy_(torch.where(is_finite, new, old))
         for buffer, old in zip(state.buffers, saved, strict=True):
             buffer.copy_(torch.where(is_finite, buffer, old))
-        state.steps.copy_(steps)
         return (torch.where(is_finite, bound, torch.nan),)
 
     def _differentiate(self, state: _Tensors, batch: Sequence[Any]) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
@@ -193,13 +202,9 @@ class WholeStep:
             gradients = torch.autograd.grad(loss, live, allow_unused=True)
         return loss, bound.detach(), gradients
 
-    def _adam(self, steps: Tensor, learning_rate: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def _adam(self, step_size: Tensor, correction: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         """Return Adam's rule at one step, from (parameter, m, v, gradient) to the first three anew."""
-        beta1, beta2 = self.settings["betas"]
-        eps, decay = self.settings["eps"], self.settings["weight_decay"]
-        steps = steps.double()
-        step_size = learning_rate / (1 - beta1**steps)
-        correction = (1 - beta2**steps).sqrt()
+        (beta1, beta2), eps, decay = self._constants()
 
         def update(
             parameter: Tensor, average: Tensor, square: Tensor, gradient: Tensor
@@ -247,4 +252,7 @@ class WholeStep:
     def _clipping(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor | float]:
         """Return the norm of a gradient over all parameters, and what it is multiplied by."""
         norm = nn.utils.get_total_norm(gradients, foreach=False)
-        return norm, 1.0 if self.clip_norm is None else (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        if self.clip_norm is None:
+            return norm, 1.0
+        # the lesser of two as a reduction, which is computed once
+        return norm, torch.stack([self.clip_norm / (norm + 1e-6), torch.ones_like(norm)]).amin()
