@@ -17,6 +17,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from torch.optim import Adam
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import peers
 from benchmarks.jax_peers import numpyro_groups, numpyro_vae
@@ -72,6 +73,7 @@ def run(*, quick: bool) -> Result:
             rows += _table(name, times)
             if name == "P1":
                 rows += _rates(statistics.median(times[COMPILED]))
+            rows += _operators(name, 20 if quick else 200)
     return Result(
         title="One compiled training step",
         setting="P1: 784-500-20-500-784, batches of 100 of 2,000 digits, Adam 1e-3. P2: mean and spread of 10,000 groups of 8, "
@@ -99,29 +101,32 @@ def _groups_of_eight(num_groups: int) -> Tensor:
     return theta + torch.randn(num_groups, 8)
 
 
-def _vae() -> dict[str, Block]:
-    batches = mnist().train[:2000].reshape(20, 100, 784)
+def _program(name: str) -> tuple[Callable[[], VAE | Groups], Callable[[], SGVB], Tensor, int | None]:
+    """Return a program's maker, its objective's, its batches, and the number of rows that its plate does not tell."""
+    torch.manual_seed(0)
+    kind = VAE if name == "P1" else Groups
 
-    def make() -> VAE:
+    def make() -> VAE | Groups:
         torch.manual_seed(0)
-        return VAE()
+        return kind()
 
+    if name == "P1":
+        return make, SGVB, mnist().train[:2000].reshape(20, 100, 784), 60_000
+    return make, lambda: SGVB(kl="sampled"), _groups_of_eight(20 * 256).reshape(20, 256, 8), None
+
+
+def _vae() -> dict[str, Block]:
+    make, _, batches, _ = program = _program("P1")
     vae = make()
-    found = _torch(make, SGVB, batches, num_data=60_000)
+    found = _torch(*program)
     hand = peers.HandWrittenVAE()
     found[HAND_WRITTEN] = _hand_written(lambda x: -hand.bound(x).mean(), hand, batches)
     return found | (numpyro_vae(vae.encoder, vae.decoder, 20, batches) if find_spec("numpyro") else {})
 
 
 def _groups() -> dict[str, Block]:
-    torch.manual_seed(0)
-    batches = _groups_of_eight(20 * 256).reshape(20, 256, 8)
-
-    def make() -> Groups:
-        torch.manual_seed(0)
-        return Groups()
-
-    found = _torch(make, lambda: SGVB(kl="sampled"), batches, num_data=None)
+    make, _, batches, _ = program = _program("P2")
+    found = _torch(*program)
     return found | (numpyro_groups(make().encoder, batches) if find_spec("numpyro") else {})
 
 
@@ -195,6 +200,30 @@ def _table(name: str, times: dict[str, list[float]]) -> list[Row]:
             row = row._replace(bar=f">= {bar.least}", is_met=ratio >= bar.least)
         rows.append(row)
     return rows
+
+
+def _operators(name: str, num_steps: int) -> list[Row]:
+    """Say where a compiled step spends its time: the operators that take the most."""
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+        make, objective, batches, num_data = _program(name)
+        program = make()
+        module = AEVB(program.model, program.guide, objective(), num_data=num_data).module
+        module.build(batches[0]).train()
+        block = _steps(Stepper(module, default_optimizer(1e-3), staging=Staging(compile=True)), batches)
+        block(num_steps)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        block(num_steps)
+    found = [item for item in profiler.key_averages() if not item.key.startswith(("##", "AOT"))]
+    found.sort(key=lambda item: -item.self_cpu_time_total)
+    total = sum(item.self_cpu_time_total for item in found)
+    return [
+        Row(
+            f"{name}: `{item.key.removeprefix('graph_')[:60]}`, {item.count // num_steps} a step",
+            f"{item.self_cpu_time_total / num_steps / 1e3:.3f} ms",
+            f"{item.self_cpu_time_total / total:.0%} of what the profiler sees",
+        )
+        for item in found[:5]
+    ]
 
 
 def _rates(step_ms: float) -> list[Row]:

@@ -31,7 +31,7 @@ def run(*, quick: bool) -> Result:
     return Result(
         title="Posterior draws of rows that training never saw",
         setting=f"{len(x):,} digits, {DRAWS} draws each of 20 latents, encoder 784-500-40, float32, 2 threads. {num_rounds} rounds "
-        "of one call of each in turn after two. Medians over rounds; ratios are taken round by round; spread: the middle half, all.",
+        "of one call of each in turn after two. Medians over rounds; ratios round by round; spread: the middle half, all.",
         rows=[
             *(Row(name, f"{statistics.median(found):.0f} ms", spread(found, 0)) for name, found in times.items()),
             Row(f"{OURS} / {HAND_WRITTEN}", f"{ratio:.2f}", spread(values), "<= 1.1", ratio <= 1.1),

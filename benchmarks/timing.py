@@ -1,5 +1,6 @@
 """Times of several contenders in one process: interleaved blocks of steps, after a warm-up, with medians and spread."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Time blocks in the order A B C A B C, so that whatever else the machine does falls on all of them.
 
+    What Python left to collect of one contender is collected before the next one's time is taken.
+
     Returns:
         Milliseconds a step of each block, one entry a round, by contender.
     """
@@ -26,6 +29,7 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(num_rounds):
         for name, run in contenders.items():
+            gc.collect()
             start = time.perf_counter()
             run(num_steps)
             times[name].append(1e3 * (time.perf_counter() - start) / num_steps)
