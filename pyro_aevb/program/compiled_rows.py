@@ -43,15 +43,30 @@ class Rows(NamedTuple):
     given: Values
 
     @property
-    def inputs(self) -> list[Any]:
-        """Everything in a row."""
+    def inputs(self) -> list[Tensor]:
+        """The tensors, in a row."""
+        return [item for item in self._items if isinstance(item, Tensor)]
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """What else there is, and the names of it all."""
+        others = (repr(item) for item in self._items if not isinstance(item, Tensor))
+        return (*self.kwargs, "", *self.given, "", *others)
+
+    @property
+    def _items(self) -> list[Any]:
         return [*self.args, *self.kwargs.values(), *self.given.values()]
 
-    def like(self, inputs: Sequence[Any]) -> "Rows":
-        """Read others off a row, in this order."""
+    def like(self, inputs: Sequence[Tensor]) -> "Rows":
+        """Put other tensors in the place of these."""
         pending = iter(inputs)
-        args = tuple(next(pending) for _ in self.args)
-        return Rows(args, {name: next(pending) for name in self.kwargs}, {name: next(pending) for name in self.given})
+
+        def pick(item: Any) -> Any:
+            return next(pending) if isinstance(item, Tensor) else item
+
+        args = tuple(map(pick, self.args))
+        kwargs = {name: pick(item) for name, item in self.kwargs.items()}
+        return Rows(args, kwargs, {name: pick(item) for name, item in self.given.items()})
 
 
 class CompiledRows:
@@ -75,7 +90,7 @@ class CompiledRows:
         if self.compile is False or not (u.requires_grad and torch.is_grad_enabled()):
             return self.weigh(u, *rows)
         inputs = rows.inputs
-        key = (tuple(rows.kwargs), tuple(rows.given), signature([u, *inputs]))
+        key = (rows.constants, signature([u, *inputs]))
         graph = self._graphs.setdefault(key, _Graph())
         if graph.run is None and graph.is_wanted(self.compile):
             graph.build(_Weighing(self.weigh, self.modules, rows), u, inputs)
@@ -99,7 +114,7 @@ class _Graph:
             return False
         return compile is True or repays(_TYPICAL_OPERATIONS, self.num_evaluations)
 
-    def build(self, weighing: "_Weighing", u: Tensor, inputs: list[Any]) -> None:
+    def build(self, weighing: "_Weighing", u: Tensor, inputs: list[Tensor]) -> None:
         """Record, compile and compare with an eager evaluation; on any difference stay eager, and say why."""
         try:
             run, difference = weighing.compile(u.detach(), inputs)
@@ -147,11 +162,11 @@ class _Weighing(nn.Module):
         serving = serving_program()
         self.reached = nn.ModuleList([*modules, *([] if serving is None else [serving])])
 
-    def forward(self, u: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(self, u: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Evaluate them at u."""
         return self.weigh(u, *self.template.like(inputs))
 
-    def compile(self, u: Tensor, inputs: list[Any]) -> tuple[Callable[..., Any], str]:  # type: ignore[override]
+    def compile(self, u: Tensor, inputs: list[Tensor]) -> tuple[Callable[..., Any], str]:  # type: ignore[override]
         """Return the compiled run of u and inputs, and in what it differs from an eager one."""
         with torch.no_grad(), _StoreReads(self.parameters()) as reads:
             self(u, *inputs)  # what a program tries once, it tries now and not while it is recorded
@@ -171,14 +186,14 @@ class _Weighing(nn.Module):
             return *(part.detach() for part in parts), *gradients
 
         flat = [u, *held, *inputs]
-        run = compile_graph(trace(differentiate, *(_copied(item) for item in flat)), *flat)
+        run = compile_graph(trace(differentiate, *(item.detach().clone() for item in flat)), *flat)
 
-        def call(u: Tensor, *inputs: Any) -> Any:
+        def call(u: Tensor, *inputs: Tensor) -> Any:
             return run(u, *held, *inputs)
 
         return call, self._compare(call, u, inputs)
 
-    def _compare(self, run: Callable[..., Any], u: Tensor, inputs: list[Any]) -> str:
+    def _compare(self, run: Callable[..., Any], u: Tensor, inputs: list[Tensor]) -> str:
         """Hold a compiled evaluation against an eager one, at other coordinates than it was recorded at."""
         live = (u + 0.1 * torch.arange(1.0, 1.0 + u.numel()).sin().reshape(u.shape).to(u)).requires_grad_()
         with torch.enable_grad():
@@ -190,10 +205,6 @@ class _Weighing(nn.Module):
                 if not is_close(one.detach(), other, like=eager):
                     return f"a compiled {name} is not the eager one"
         return ""
-
-
-def _copied(item: Any) -> Any:
-    return item.detach().clone() if isinstance(item, Tensor) else item
 
 
 def _gradient(part: Tensor, live: Tensor) -> Tensor:
@@ -208,7 +219,7 @@ class _Evaluate(torch.autograd.Function):
     """A compiled evaluation, whose gradients came with its values: rows are independent of each other."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, run: Callable[..., Any], inputs: list[Any]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, u: Tensor, run: Callable[..., Any], inputs: list[Tensor]) -> tuple[Tensor, ...]:
         found = run(u.detach(), *inputs)
         count = len(found) // 2
         ctx.save_for_backward(*found[count:])

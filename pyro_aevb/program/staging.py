@@ -211,5 +211,5 @@ def is_close(a: Tensor | None, b: Tensor | None, *, like: Iterable[Tensor | None
         return torch.equal(a, b)
     tolerance = 1e-10 if a.dtype == torch.float64 else 1e-5
     own = float(a.abs().max()) if a.numel() else 0.0
-    others = max((float(item.abs().max()) for item in like if item is not None and item.numel()), default=0.0)
+    others = max((float(item.detach().abs().max()) for item in like if item is not None and item.numel()), default=0.0)
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(own, 0.1 * others), equal_nan=True)

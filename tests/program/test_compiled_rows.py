@@ -113,6 +113,21 @@ class TestReadAnew:
         assert not torch.allclose(compiled.log_joint(u), before)
         assert len(graphs(compiled)) == 1
 
+    def test_arguments_that_are_no_tensors(self):
+        def model(x, power, y=None):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z**power, 1.0), obs=x)
+
+        x, u = torch.randn(4), torch.randn(3, 4, 1)
+        eager = [LogDensity(model, x, power) for power in (1, 3)]
+        run = LogDensity(model, x, 1, compile=True).source.model.evaluate
+        for density, power in zip(eager, (1, 3), strict=True):
+            found = run(u[None].requires_grad_(), Rows((x, power), {"y": None}, {}))
+            for one, other in zip(found, density(u), strict=True):
+                torch.testing.assert_close(one[0], other)
+        assert len([graph for graph in run._graphs.values() if graph.run is not None]) == 2
+
     def test_globals_with_leading_axes(self):
         def model(x):
             mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
