@@ -86,6 +86,7 @@ def run(*, quick: bool) -> Result:
             "A step of AEVB checks that loss and gradient are finite, and changes nothing where they are not.",
             "Pyro's and NumPyro's losses draw log q in P1, AEVB and the hand-written step take the KL in closed form.",
             "Products at full speed: the time of P1's twelve matrix products alone, by the rate of `torch.mm` at that size.",
+            *(() if torch.cuda.is_available() else ("On a GPU: not measured, there is none.",)),
             *(
                 ()
                 if find_spec("numpyro")
