@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ def run(*, quick: bool) -> Result:
         title="Time to record and compile a training step",
         setting="Programs of `compiled_step`, each in a fresh process, 2 threads; once with an empty cache of Inductor's, once "
         "with that which the first process left.",
-        rows=[row for item in measured for row in _rows(item)],
+        rows=_table(measured),
         notes=(
             "Recording, the gate's runs, tracing with gradient and Adam, Inductor, the C++ compiler, and the check of the compiled "
             "step are in it; importing the libraries is not.",
@@ -82,6 +83,10 @@ def _seconds(program: str, cache: str) -> tuple[float, str]:
     )
     seconds, operations = job.stdout.strip().splitlines()[-1].split(" ", 1)
     return float(seconds), operations
+
+
+def _table(measured: Sequence[Measured]) -> list[Row]:
+    return [row for item in measured for row in _rows(item)]
 
 
 def _rows(measured: Measured) -> list[Row]:

@@ -64,13 +64,20 @@ BARS = {
 }
 
 
+class Measured(NamedTuple):
+    """Milliseconds a step of each block by contender, for one program."""
+
+    program: str
+    times: dict[str, list[float]]
+
+
 def run(*, quick: bool) -> Result:
     num_rounds, num_steps = (5, 10) if quick else (21, 50)
     rows = []
     with threads(2):
         for name, contenders in (("P1", _vae()), ("P2", _groups())):
             times = interleave(contenders, num_rounds=num_rounds, num_steps=num_steps, num_warmup=num_steps)
-            rows += _table(name, times)
+            rows += _table(Measured(name, times))
             if name == "P1":
                 rows += _rates(statistics.median(times[COMPILED]))
             rows += _operators(name, 20 if quick else 200)
@@ -184,7 +191,8 @@ def _hand_written(loss: Callable[[Tensor], Tensor], module: nn.Module, batches: 
     return block
 
 
-def _table(name: str, times: dict[str, list[float]]) -> list[Row]:
+def _table(measured: Measured) -> list[Row]:
+    name, times = measured
     rows = [
         Row(f"{name}: {contender}", f"{statistics.median(values):.3f} ms", spread(values, 3))
         for contender, values in times.items()
