@@ -250,6 +250,8 @@ class AEVB:
             against: ``"hmc"`` or ``"nuts"``.
             **settings: Of :func:`pyro_aevb.trust_report`, and the batch's keyword arguments.
         """
+        if against == "hmc":
+            settings = {**settings, "sampling": {"compile": self.compile, **(settings.get("sampling") or {})}}
         return self._call(trust_report, batch, settings, against=against)
 
     def simulate(

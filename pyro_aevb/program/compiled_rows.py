@@ -22,6 +22,7 @@ from pyro_aevb.program.compiling import (
 )
 from pyro_aevb.program.parameters import serving_program
 from pyro_aevb.program.staging import export, first_line, is_close
+from pyro_aevb.program.unchanged import Unchanged
 
 __all__ = ["CompiledRows", "Rows"]
 
@@ -94,7 +95,7 @@ class CompiledRows:
         graph = self._graphs.setdefault(key, _Graph())
         if graph.run is None and graph.is_wanted(self.compile):
             graph.build(_Weighing(self.weigh, self.modules, rows), u, inputs)
-        if graph.run is None:
+        if graph.run is None or not graph.holds:
             return self.weigh(u, *rows)
         return _Evaluate.apply(u, graph.run, inputs)
 
@@ -106,6 +107,12 @@ class _Graph:
         self.run: Callable[..., Any] | None = None
         self.num_evaluations = 0
         self.is_given_up = False
+        self.unchanged: Unchanged | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether modules are still as they were recorded; their parameters' values may differ."""
+        return self.unchanged is not None and self.unchanged.holds
 
     def is_wanted(self, compile: Compile) -> bool:  # noqa: A002  torch's own word
         """Count an evaluation, and tell whether it is time to compile."""
@@ -127,7 +134,7 @@ class _Graph:
                 StagingWarning,
             )
         else:
-            self.run = run
+            self.run, self.unchanged = run, Unchanged(weighing.reached)
 
 
 _TYPICAL_OPERATIONS = 100

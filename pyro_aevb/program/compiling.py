@@ -9,6 +9,7 @@ result:
 for a recorded run of n operations. The constants are calibrated by ``python -m benchmarks.run compiled_step``.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -105,7 +106,8 @@ def compile_graph(graph: fx.GraphModule, *tensors: Tensor) -> Callable[..., Any]
         Exception: Whatever Inductor and the C++ compiler raise; there may be none.
     """
     standalone = getattr(torch._inductor, "standalone_compile", None)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about parts of its own
         if standalone is None:  # before torch 2.8; the other way checks every tensor again at each call
             compiled: Any = torch.compile(graph, options={"fallback_random": True}, fullgraph=True)
         else:

@@ -6,6 +6,8 @@ must agree in the loss and in every gradient, else the eager module is used, wit
 """
 
 import logging
+import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
@@ -96,16 +98,24 @@ def _loss(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+_QUIET = threading.RLock()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from printing whole graphs where a recording fails: the warning says why in a line."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with redirect_stderr(StringIO()):
-            yield
-    finally:
-        logging.disable(before)
+    """Keep torch from printing whole graphs where a recording fails, and from warning of itself: one warning says why in a line.
+
+    These are settings of the whole process, so that one thread has them at a time.
+    """
+    with _QUIET:
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            with redirect_stderr(StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(before)
 
 
 def _eager(module: nn.Module, reason: str) -> nn.Module:

@@ -257,6 +257,10 @@ def _held_out(module: ObjectiveModule, validation: Any) -> BatchSource | None:
     return source if has_rows else as_source(validation, source.num_rows)
 
 
+_CHECK_EVERY = 10_000
+"""Steps after which a compiled step is compared with an eager one again, where no callback may have changed anything."""
+
+
 class _Loop:
     """Epochs over a source."""
 
@@ -288,12 +292,15 @@ class _Loop:
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
         modes = [(module, module.training) for module in self.module.modules()]
         self._keeps_best = patience is not None
+        self.stepper.check_every = _CHECK_EVERY
         try:
             with tqdm(total=total, disable=not progress, unit="step", dynamic_ncols=True) as bar:
                 self.stepper.staging.announce = bar.set_postfix_str
                 for epoch in range(1, num_epochs + 1):
                     record = self._run_epoch(epoch, generator, bar)
                     event = EpochEnd(epoch, record, self.module)
+                    if callbacks:
+                        self.stepper.expect_change()
                     if sum(callback(event) is True for callback in callbacks):
                         self.result.stopped_by = "callback"
                         break
@@ -325,7 +332,6 @@ class _Loop:
                 bar.update()
                 if bar.n % 10 == 0:
                     bar.set_postfix_str(f"epoch {epoch}, bound {bound:.2f} nats a row", refresh=False)
-        self.result.seconds_to_compile = self.stepper.staging.seconds
         seconds = time.perf_counter() - start - (self.stepper.staging.seconds - staging_before)
         self._seconds += seconds
         record = {"epoch": float(epoch), "bound": total / rows if rows else float("nan")}
@@ -373,7 +379,8 @@ class _Loop:
             module.training = mode
         self.result.num_steps = self.stepper.num_steps
         self.result.num_skipped = self.stepper.num_skipped
-        self.result.execution = self.stepper.staging.decision
+        self.result.execution = self.stepper.execution
+        self.result.seconds_to_compile = self.stepper.staging.seconds
         self.stepper.finish()
         self.result.seconds_per_step = self._seconds / max(1, self.stepper.num_steps + self.stepper.num_skipped)
         self.module.program.write_param_store()

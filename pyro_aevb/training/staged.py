@@ -19,6 +19,7 @@ from pyro_aevb.program.compiling import (
 )
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.staging import compare, first_line, record
+from pyro_aevb.program.unchanged import Unchanged
 from pyro_aevb.training.data import Batch
 from pyro_aevb.training.whole_step import WholeStep, is_plain_adam
 
@@ -41,10 +42,27 @@ class StagedLoss(nn.Module):
         self.module = module
         self.compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
         self.signature: tuple[Any, ...] = ()
+        self._taken_for_granted: tuple[Unchanged, int | None] | None = None
+
+    def take_for_granted(self) -> None:
+        """Keep what a graph that was just recorded takes for granted."""
+        self._taken_for_granted = Unchanged([self.module]), self.module.num_data
+
+    @property
+    def holds(self) -> bool:
+        """Whether modules and number of rows are still those that a graph was recorded with."""
+        if self._taken_for_granted is None:
+            return False
+        unchanged, num_data = self._taken_for_granted
+        return num_data == self.module.num_data and unchanged.holds
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether a batch has the shapes that the compiled run is for."""
+        return self.signature == (tuple(kwargs), signature([*args, *kwargs.values()]))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the loss over the data set and the bound in nats per row."""
-        if self.compiled is not None and self.signature == (tuple(kwargs), signature([*args, *kwargs.values()])):
+        if self.compiled is not None and self.takes(args, kwargs) and self.holds:
             return self.compiled(*args, **kwargs)
         return self.module.loss_and_bound(*args, **kwargs)
 
@@ -71,6 +89,7 @@ class Staging:
     ) -> None:
         self.compile, self.num_steps, self.announce = compile, num_steps, announce
         self.seconds = 0.0
+        self._graph: Any = None
         self.decision = "eager: compile=False" if compile is False else ""
         if compile == "auto" and (num_steps is None or num_steps < FEWEST_STEPS):
             ahead = "an unknown number of" if num_steps is None else f"{num_steps:,}"
@@ -98,8 +117,21 @@ class Staging:
         start = time.perf_counter()
         try:
             return self._stage(loss, optimizer, batch, clip_norm)
+        except KeyboardInterrupt:
+            self.decision = "eager: interrupted while compiling"
+            raise
         finally:
             self.seconds = time.perf_counter() - start
+
+    def is_stale(self, loss: StagedLoss, batch: Batch) -> bool:
+        """Compare the recorded run with an eager one again, and give up on any difference: Python numbers may have changed."""
+        if self._graph is None:
+            return False
+        difference = compare(StagedLoss(loss.module), self._graph, *batch)
+        if difference:
+            self._graph = loss.compiled = None
+            self._give_up(f"something changed since the program was recorded, now {difference}")
+        return bool(difference)
 
     def _stage(
         self, loss: StagedLoss, optimizer: Optimizer | None, batch: Batch, clip_norm: float | None
@@ -130,15 +162,17 @@ class Staging:
                 self._give_up(whole.difference)
                 return None
             self.decision = f"compiled: loss, gradient and Adam in one graph of {whole.num_operations} operations"
+            self._graph = graph
+            loss.take_for_granted()
             return whole
         compiled: Any = torch.compile(graph, options={"fallback_random": True}, fullgraph=True)
         if difference := compare(loss, compiled, *batch):
             self._give_up(difference)
             return None
-        loss.compiled, loss.signature = (
-            compiled,
-            (tuple(batch.kwargs), signature([*batch.args, *batch.kwargs.values()])),
-        )
+        self._graph = graph
+        loss.take_for_granted()
+        loss.compiled = compiled
+        loss.signature = (tuple(batch.kwargs), signature([*batch.args, *batch.kwargs.values()]))
         self.decision = f"compiled: loss and gradient, a graph of {count_operations(graph)} operations"
         return None
 

@@ -35,6 +35,9 @@ class Stepper:
         max_skipped: Steps in a row that may be skipped because loss or gradient is not finite.
         staging: What is recorded and compiled at the first step; by default nothing.
 
+    Attributes:
+        check_every: Steps after which a recorded run is compared with an eager one again.
+
     Raises:
         ParameterError: If there is nothing to train.
     """
@@ -62,14 +65,20 @@ class Stepper:
         self.loss = StagedLoss(module)
         plain = optimizer(self.parameters)
         self.wrapped, self.optimizer = self.fabric.setup(self.loss, plain)
+        self.check_every = 100
         self.clip_norm = clip_norm
         self.max_skipped = max_skipped
         self.num_steps = 0
         self.num_skipped = 0
         self._skipped_in_a_row = 0
         self.staging = staging or Staging(compile=False)
-        self._plain = plain if self.fabric.world_size == 1 and self.fabric._precision.precision == "32-true" else None
+        precision = self.fabric._precision.precision
+        if self.staging.is_pending and precision != "32-true":
+            self.staging.decision = f"eager: Fabric converts to precision {precision!r} step by step"
+        self._plain = plain if self.fabric.world_size == 1 else None
         self._whole: WholeStep | None = None
+        self._num_whole = 0
+        self._num_unchecked = 0
 
     def step(self, batch: Batch) -> float:
         """Take one step and return the bound in nats per row; NaN if the step was skipped.
@@ -85,6 +94,9 @@ class Stepper:
             self._whole = self.staging.stage(self.loss, self._plain, batch, self.clip_norm)
             # a learning-rate schedule looks for this, and warns that it came before the first step
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._num_unchecked += 1
+        if self._num_unchecked > self.check_every:
+            self._check(batch)
         bound = self._whole_step(batch) if self._whole is not None else self._parted_step(batch)
         if bound is None:
             self._skip(batch)
@@ -93,14 +105,28 @@ class Stepper:
         self._skipped_in_a_row = 0
         return bound
 
+    def expect_change(self) -> None:
+        """Compare the recorded run with an eager one before the next step: the user's code has run."""
+        self._num_unchecked = self.check_every
+
+    def _check(self, batch: Batch) -> None:
+        """Compare on a batch that the recorded run takes; any other waits."""
+        whole, loss = self._whole, self.loss
+        if not (loss.holds and (loss.takes(*batch) if whole is None else whole.takes(*batch))):
+            return
+        self._num_unchecked = 0
+        if self.staging.is_stale(loss, batch):
+            self.finish()
+            self._whole = None
+
     def _whole_step(self, batch: Batch) -> float | None:
-        """Take a step in one graph, or in parts on a batch of other shapes; ``None`` if it was skipped."""
+        """Take a step in one graph, or in parts where that is not what it was recorded for; ``None`` if it was skipped."""
         whole: Any = self._whole
-        if not whole.takes(*batch):
+        if not (self.loss.holds and whole.takes(*batch)):
             whole.leave()
             return self._parted_step(batch)
-        bound = whole(*batch)
-        return bound if bound == bound else None
+        self._num_whole += 1
+        return whole(*batch)
 
     def _parted_step(self, batch: Batch) -> float | None:
         """Take loss, gradient and the optimizer's step one after the other; return the bound, ``None`` if it was skipped."""
@@ -119,6 +145,12 @@ class Stepper:
             return None
         self.optimizer.step()
         return float(bound)
+
+    @property
+    def execution(self) -> str:
+        """How steps ran, and why."""
+        counts = f", {self._num_whole:,} of {self.num_steps + self.num_skipped:,} steps" if self._num_whole else ""
+        return self.staging.decision + counts
 
     def finish(self) -> None:
         """Leave the optimizer as if it had taken every step itself."""

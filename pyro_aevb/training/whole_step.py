@@ -6,7 +6,7 @@ Adam (Kingma & Ba 2014, arXiv 1412.6980, Algorithm 1) for a parameter :math:`\th
     m \leftarrow m + (1 - \beta_1)(g - m), \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
     \theta \leftarrow \theta - \frac{\alpha}{1 - \beta_1^t} \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}
 
-Where loss or gradient is not finite, nothing changes and the bound is NaN. Parameters, buffers and the optimizer's state are
+Where loss or gradient is not finite, nothing changes. Parameters, buffers and the optimizer's state are
 written in place, so that an eager step can follow at any time.
 """
 
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from pyro_aevb.program.compiling import compile_graph, count_operations, reading, signature, trace
 from pyro_aevb.program.staging import is_close
@@ -29,7 +30,31 @@ def is_plain_adam(optimizer: Optimizer) -> bool:
     """Tell whether an optimizer is torch's Adam in its usual form, which a whole step knows."""
     groups = optimizer.param_groups
     unusual = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay")
-    return type(optimizer) is Adam and len(groups) == 1 and not any(groups[0].get(name) for name in unusual)
+    is_usual = type(optimizer) is Adam and len(groups) == 1 and not any(groups[0].get(name) for name in unusual)
+    return (
+        is_usual
+        and not _has_hooks(optimizer)
+        and all(item.clone().stride() == item.stride() for item in groups[0]["params"])
+    )
+
+
+def _has_hooks(optimizer: Optimizer) -> bool:
+    """Tell whether anything is called at a step or at a parameter's gradient, which a whole step would pass by."""
+    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    everywhere = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
+    # Fabric and schedules wrap the method instead, and are told of steps otherwise
+    parameters: list[Any] = optimizer.param_groups[0]["params"]
+    return (
+        any(own)
+        or any(everywhere)
+        or any(item._backward_hooks or item._post_accumulate_grad_hooks for item in parameters)
+    )
+
+
+def _dense(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return a batch in a row, its tensors without gaps, as a graph takes them."""
+    items = (*args, *kwargs.values())
+    return [item.contiguous() if isinstance(item, Tensor) else item for item in items]
 
 
 class _Tensors(NamedTuple):
@@ -91,7 +116,7 @@ class WholeStep:
     ) -> None:
         self.graph, self.optimizer, self.clip_norm = graph, optimizer, clip_norm
         self.names = tuple(kwargs)
-        batch = [*args, *kwargs.values()]
+        batch = _dense(args, kwargs)
         self.signature = signature(batch)
         self.num_args = len(args)
         self.settings = optimizer.param_groups[0]
@@ -122,26 +147,33 @@ class WholeStep:
         )
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Tell whether a batch has the shapes that the step was recorded on, and Adam the settings."""
-        is_like = tuple(kwargs) == self.names and signature([*args, *kwargs.values()]) == self.signature
-        return is_like and self._constants() == self.constants
+        """Tell whether a batch has the shapes that the step was recorded on, and the optimizer is as it was."""
+        is_like = tuple(kwargs) == self.names and signature(_dense(args, kwargs)) == self.signature
+        return is_like and self._owns_state() and self._constants() == self.constants and not _has_hooks(self.optimizer)
+
+    def _owns_state(self) -> bool:
+        """Tell whether the optimizer still has the settings and the state that the graph writes: loading a state replaces them."""
+        first = self.used.index(True)
+        state = self.optimizer.state.get(self.tensors.parameters[first], {})
+        return self.optimizer.param_groups[0] is self.settings and state.get("exp_avg") is self.tensors.averages[first]
 
     def _constants(self) -> tuple[Any, ...]:
         """Return what of Adam's settings the graph holds; a schedule may change them."""
         return tuple(self.settings[name] for name in ("betas", "eps", "weight_decay"))
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        """Take a step and return the bound in nats per row; NaN where nothing was changed."""
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+        """Take a step and return the bound in nats per row; ``None`` where nothing was changed."""
         if self._num_steps is None:
             self._num_steps = int(self._steps()[0])
         beta1, beta2 = self.settings["betas"]
         number = self._num_steps + 1
         self.tensors.step_size.fill_(float(self.settings["lr"]) / (1 - beta1**number))
         self.tensors.correction.fill_(math.sqrt(1 - beta2**number))
-        bound = float(self.run(*self.flat, *args, *kwargs.values())[0])
-        if bound == bound:
-            self._num_steps = number
-        return bound
+        bound, is_finite = self.run(*self.flat, *_dense(args, kwargs))
+        if not is_finite:
+            return None
+        self._num_steps = number
+        return float(bound)
 
     def _hold_state(self) -> None:
         """Keep the state where the optimizer looks for it; what it has from earlier steps is taken over."""
@@ -164,12 +196,12 @@ class WholeStep:
 
     def leave(self) -> None:
         """Tell the optimizer how many steps were taken, before it takes one itself or its state is read."""
-        if self._num_steps is not None:
+        if self._num_steps is not None and self._owns_state():
             for step in self._steps():
                 step.fill_(self._num_steps)
         self._num_steps = None
 
-    def _step(self, *flat: Tensor) -> tuple[Tensor]:
+    def _step(self, *flat: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step, written in operations that can be traced."""
         state, batch = self.tensors.like(flat), flat[len(self.tensors.flat()) :]
         saved = [buffer.clone() for buffer in state.buffers]
@@ -188,7 +220,7 @@ class WholeStep:
                     old.copy_(torch.where(is_finite, new, old))
         for buffer, old in zip(state.buffers, saved, strict=True):
             buffer.copy_(torch.where(is_finite, buffer, old))
-        return (torch.where(is_finite, bound, torch.nan),)
+        return bound.clone(), is_finite
 
     def _differentiate(self, state: _Tensors, batch: Sequence[Any]) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         """Run the recorded graph at other tensors in the place of its own; return loss, bound and gradients."""
@@ -225,10 +257,12 @@ class WholeStep:
         batch = [item.flip(0) if isinstance(item, Tensor) and item.dim() else item for item in batch]
         copies = self.tensors.like([tensor.detach().clone() for tensor in self.tensors.flat()])
         with seeded(0):
-            (bound,) = self.run(*copies.flat(), *batch)
+            bound, is_finite = self.run(*copies.flat(), *batch)
         again = self.tensors.like([tensor.detach().clone() for tensor in self.tensors.flat()])
         with seeded(0), torch.no_grad():
             _, expected, gradients = self._differentiate(again, batch)
+        if not is_finite:
+            return ""  # a first batch that is skipped tells nothing, and every step is told whether it is
         if not is_close(expected, bound):
             return f"the compiled bound is {bound.item():.6g}, the recorded one {expected.item():.6g}"
         for name, average, gradient in zip(self._names(), copies.averages, self._expected(gradients), strict=True):

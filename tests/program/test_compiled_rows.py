@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyro_aevb import AEVB, AutoAmortizedNormal, LogDensity, bdmc, hmc_posterior, log_marginal
-from pyro_aevb.errors import AEVBWarning, ParticleWarning, StagingWarning
+from pyro_aevb.errors import ParticleWarning, StagingWarning, UnreliableWarning
 from pyro_aevb.program import compiled_rows
 from pyro_aevb.program.compiled_rows import CompiledRows, Rows
 from pyro_aevb.program.proposal import GuideDensity
@@ -112,6 +112,8 @@ class TestReadAnew:
         assert_same(compiled, eager, u.detach())
         assert not torch.allclose(compiled.log_joint(u), before)
         assert len(graphs(compiled)) == 1
+        model.net[3] = nn.Linear(5, 4)
+        assert_same(compiled, eager, u.detach())
 
     def test_arguments_that_are_no_tensors(self):
         def model(x, power, y=None):
@@ -256,12 +258,25 @@ def test_auto_waits_until_it_repays(monkeypatch):
 class TestDoors:
     x = torch.randn(5, dtype=torch.float64)
 
+    @pytest.fixture(autouse=True)
+    def built(self, monkeypatch):
+        """Graphs must be built where compilation is asked for."""
+        runs = []
+        build = compiled_rows._Graph.build
+        monkeypatch.setattr(
+            compiled_rows._Graph, "build", lambda graph, *args: (build(graph, *args), runs.append(graph.run))
+        )
+        yield
+        assert runs
+        assert None not in runs
+
     def test_posterior_draws_are_the_same(self):
         settings = {"num_samples": 10, "warmup_steps": 20, "num_chains": 4, "seed": 0, "progress": False}
         guide = AutoAmortizedNormal(normal)
         guide.build(self.x)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AEVBWarning)
+            warnings.simplefilter("ignore", UnreliableWarning)
+            warnings.simplefilter("error", StagingWarning)
             eager, compiled = (hmc_posterior(normal, self.x, guide=guide, compile=flag, **settings)
                                for flag in (False, True))  # fmt: skip
         torch.testing.assert_close(compiled.samples["z"], eager.samples["z"], rtol=1e-7, atol=1e-7)
@@ -273,7 +288,8 @@ class TestDoors:
         guide = AutoAmortizedNormal(normal)
         guide.build(self.x)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AEVBWarning)
+            warnings.simplefilter("ignore", UnreliableWarning)
+            warnings.simplefilter("error", StagingWarning)
             eager, compiled = (
                 log_marginal(normal, guide, self.x, method=method, seed=0, progress=False, compile=flag, **few)
                 for flag in (False, True)
@@ -282,7 +298,8 @@ class TestDoors:
 
     def test_bounds_are_the_same(self):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AEVBWarning)
+            warnings.simplefilter("ignore", UnreliableWarning)
+            warnings.simplefilter("error", StagingWarning)
             eager, compiled = (
                 bdmc(normal, None, self.x, num_simulations=4, num_temperatures=10, seed=0, progress=False, compile=flag)
                 for flag in (False, True)

@@ -7,6 +7,7 @@ import pyro
 import pytest
 import torch
 from staged_programs import CASES, OBJECTIVES, PROGRAMS, Autoencoder, batch, methods
+from torch import nn
 
 from pyro_aevb import AEVB, SGVB, fit
 from pyro_aevb.errors import NonFiniteError, StagingWarning
@@ -225,9 +226,9 @@ def test_a_number_read_off_the_data_is_not_baked_in():
 def test_wrong_machine_code_is_not_used(monkeypatch):
     def wrong(graph, *tensors):
         def run(*inputs):
-            (bound,) = graph(*inputs)
+            found = graph(*inputs)
             inputs[len(list(module.parameters())) + 1].mul_(1.001)
-            return (bound,)
+            return found
 
         return torch.no_grad()(run)
 
@@ -312,3 +313,157 @@ class TestFit:
         stepper = Stepper(module, adam, staging=Staging(compile="auto", num_steps=2500, announce=told.append))
         stepper.step(Batch((self.x,), {}))
         assert told == ["recording"]
+
+
+def train(is_compiled, change, *, make=None, epochs=3, **settings):
+    """Fit with a callback that changes something after the first epoch; return result and program."""
+    torch.manual_seed(0)
+    program = Scaled()
+
+    def after(event):
+        if event.epoch == 1:
+            change(program, event)
+
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
+    vi = AEVB(program.model, program.guide, compile=is_compiled)
+    result = vi.fit(
+        x, num_epochs=epochs, batch_size=10, seed=2, callbacks=[after], optimizer=make, progress=False, **settings
+    )
+    return result, program
+
+
+class Scaled(Autoencoder):
+    """A program with a Python number, a buffer and a Linear layer that a callback changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = 1.0
+        self.register_buffer("shift", torch.zeros(()))
+
+    def guide(self, x):
+        super().guide(self.factor * x + self.shift)
+
+
+def set_number(program, event):
+    program.factor = 2.0
+
+
+def replace_buffer(program, event):
+    program.shift = torch.tensor(1.0)
+
+
+def write_buffer(program, event):
+    program.shift.fill_(1.0)
+
+
+def replace_layer(program, event):
+    program.encoder[0] = nn.Linear(4, 4)
+    nn.init.constant_(program.encoder[0].weight, 0.1)
+    nn.init.zeros_(program.encoder[0].bias)
+
+
+def freeze(program, event):
+    program.decoder.requires_grad_(False)
+
+
+def clear(parameter):
+    parameter.grad.zero_()
+
+
+def hook(program, event):
+    program.decoder[0].weight.register_post_accumulate_grad_hook(clear)
+
+
+CHANGES = {
+    "a Python number": (set_number, True),
+    "a replaced buffer": (replace_buffer, False),
+    "a buffer written into": (write_buffer, False),
+    "a replaced layer": (replace_layer, False),
+    "frozen parameters": (freeze, False),
+    "a hook on a gradient": (hook, False),
+}
+
+
+@pytest.mark.usefixtures("traced_only")
+class TestChanges:
+    """What a user's code changes while a graph is in use reaches the next step."""
+
+    @pytest.mark.parametrize(("change", "warns"), CHANGES.values(), ids=CHANGES.keys())
+    def test_a_callback_s_change_is_followed(self, change, warns):
+        torch.set_default_dtype(torch.float64)
+        eager, expected = train(False, change)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", StagingWarning)
+            compiled, program = train(True, change)
+        assert bool([item for item in caught if item.category is StagingWarning]) == warns
+        for one, other in zip(compiled.history, eager.history, strict=True):
+            assert one["bound"] == pytest.approx(other["bound"], rel=1e-9)
+        for name, value in expected.state_dict().items():
+            torch.testing.assert_close(program.state_dict()[name], value, rtol=1e-8, atol=1e-8)
+        whole = 12 if change is write_buffer else 4
+        assert (f", {whole} of 12 steps" in compiled.execution) or warns
+
+    def test_hooks_of_the_optimizer_are_called(self):
+        calls = []
+
+        def make(parameters):
+            optimizer = adam(parameters)
+            optimizer.register_step_post_hook(lambda *_: calls.append(1))
+            return optimizer
+
+        monkey = pytest.MonkeyPatch()
+        with monkey.context() as patch:
+            torch_compile = torch.compile
+            patch.setattr(torch, "compile", lambda graph, **_: torch_compile(graph, backend="aot_eager"))
+            result, _ = train(True, lambda *_: None, make=make)
+        assert len(calls) == 12
+        assert result.execution.startswith("compiled: loss and gradient,")
+
+    def test_a_state_loaded_into_the_optimizer_counts(self):
+        torch.set_default_dtype(torch.float64)
+        eager, compiled, *_ = steppers("nn.Module", OBJECTIVES["B"])
+        batches = [torch.randn(6, 4) for _ in range(3)]
+        assert_same_steps(eager, compiled, batches)
+        for stepper in (eager, compiled):
+            state = stepper.optimizer.state_dict()
+            state["param_groups"][0]["lr"] = 1e-4
+            stepper.optimizer.optimizer.load_state_dict(state)
+        assert_same_steps(eager, compiled, batches)
+
+    def test_modes_and_numbers_of_rows_between_single_steps(self):
+        torch.set_default_dtype(torch.float64)
+        eager, compiled, *modules = steppers("convolution and BatchNorm", OBJECTIVES["B"])
+        batches = [batch("convolution and BatchNorm") for _ in range(2)]
+        assert_same_steps(eager, compiled, batches)
+        for module in modules:
+            module.eval()
+        assert_same_steps(eager, compiled, batches)
+        for module in modules:
+            module.train()
+            module.num_data = 600
+        assert_same_steps(eager, compiled, batches)
+
+    def test_conversions_of_precision_stay_eager(self):
+        from lightning_fabric import Fabric
+
+        program = Autoencoder()
+        result = fit(program.model, program.guide, SGVB(), torch.randn(20, 4), num_epochs=1, compile=True, progress=False,
+                     fabric=Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"))  # fmt: skip
+        assert result.execution == "eager: Fabric converts to precision 'bf16-mixed' step by step"
+
+
+@pytest.mark.slow
+def test_rows_with_gaps_between_them():
+    eager, compiled, *_ = steppers("nn.Module", OBJECTIVES["B"])
+    assert_same_steps(eager, compiled, [torch.randn(6, 8)[:, :4] for _ in range(3)])
+    assert compiled.execution.endswith(", 3 of 3 steps")
+
+
+def test_warnings_that_are_errors_stop_no_compilation():
+    program = Autoencoder()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = fit(
+            program.model, program.guide, SGVB(), torch.randn(20, 4), num_epochs=1, compile=True, progress=False
+        )
+    assert result.execution.startswith("compiled")

@@ -1,0 +1,39 @@
+"""What a recorded graph takes for granted about modules, and whether it still holds."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from pyro_aevb.program.reach import modules_below
+
+__all__ = ["Unchanged"]
+
+
+class Unchanged:
+    """Modules as they are now: their parts, their modes, their tensors and which of these are trained.
+
+    A graph holds the tensors and the mode that modules had when it was recorded. Python numbers are in it too, and can't be
+    watched: whoever runs a graph for long compares it with an eager run now and then.
+
+    Args:
+        modules: The modules, with all that they hold.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        every = modules_below(modules)
+        self.modes = [(module, module.training) for module in every]
+        held = [place for module in every for place in (module._modules, module._parameters, module._buffers)]
+        self.items: list[tuple[dict[str, Any], dict[str, Any]]] = [(place, dict(place)) for place in held if place]
+        parameters = {id(item): item for module in every for item in module._parameters.values() if item is not None}
+        self.trained = [(item, item.requires_grad) for item in parameters.values()]
+
+    @property
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        return (
+            all(module.training == mode for module, mode in self.modes)
+            and all(len(place) == len(items) for place, items in self.items)
+            and all(place.get(name) is item for place, items in self.items for name, item in items.items())
+            and all(item.requires_grad == is_trained for item, is_trained in self.trained)
+        )
