@@ -196,12 +196,12 @@ def test_a_program_that_cannot_be_recorded_runs_eagerly_with_one_warning():
     assert result.num_steps == 6
 
 
-def test_a_missing_compiler_is_named_and_steps_run_eagerly(monkeypatch):
+def test_a_missing_compiler_is_named_and_steps_run_eagerly(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     program = Autoencoder()
-    with pytest.warns(StagingWarning, match="Steps run eagerly: .*[Cc]ompil"):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled before
+    settings = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with settings, pytest.warns(StagingWarning, match="Steps run eagerly: .*[Cc]ompil"):
         result = fit(program.model, program.guide, SGVB(), torch.randn(60, 4), num_epochs=1, compile=True,
                      progress=False)  # fmt: skip
     assert result.execution.startswith("eager")
