@@ -49,12 +49,43 @@ class BatchSource(ABC):
     batch_size: int | None
 
     @abstractmethod
-    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """Yield the batches of one epoch, shuffled if there is a generator."""
+    def batches(self, generator: torch.Generator | None = None, *, skip: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one epoch, shuffled if there is a generator.
+
+        Args:
+            generator: Draws the order. It draws as much whatever ``skip`` is, and nothing is drawn from torch's own generator,
+                but by a given loader.
+            skip: Batches at the epoch's beginning that are passed over, and not loaded.
+
+        Raises:
+            SettingError: If there are fewer batches to skip, or they can't be.
+        """
 
     @abstractmethod
     def num_batches(self) -> int | None:
         """Number of batches in an epoch; ``None`` for a stream."""
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether an epoch can be entered in its middle: where the order is drawn here."""
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Return where the data stand between two epochs, beside the generator of the order: states of what draws by itself."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to where :meth:`state` was taken.
+
+        Raises:
+            DataError: If the state is that of another kind of data.
+        """
+        own = sorted(self.state())
+        if sorted(state) != own:
+            raise DataError(
+                f"The data were a source with states of {sorted(state)} and are one with states of {own}: give the same kind of "
+                f"data to go on."
+            )
 
     def first(self) -> Batch:
         """Return the first batch, in the given order."""
@@ -86,12 +117,13 @@ class TensorSource(BatchSource):
         self.kwargs = kwargs
         self.batch_size: int = _check_batch_size(batch_size, self.num_rows)
 
-    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
+    def batches(self, generator: torch.Generator | None = None, *, skip: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch, shuffled if there is a generator."""
+        _check_skip(skip, self)
         # the order of all rows at once means nothing to a bound, and much to a guide with parameters of each row
         is_shuffled = generator is not None and self.batch_size < self.num_rows
         order = torch.randperm(self.num_rows, generator=generator) if is_shuffled else None
-        for start in range(0, self.num_rows, self.batch_size):
+        for start in range(skip * self.batch_size, self.num_rows, self.batch_size):
             rows = slice(start, start + self.batch_size)
             yield self._take(rows if order is None else order[rows])
 
@@ -115,7 +147,7 @@ class LoaderSource(BatchSource):
         self.is_given = isinstance(data, DataLoader)
         if self.is_given and batch_size is not None:
             raise SettingError(f"A DataLoader has its own batch size; leave batch_size={batch_size} out.")
-        dataset = _dataset(data)
+        dataset = self.dataset = _dataset(data)
         is_stream = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
         self.num_rows = None if is_stream else _count_rows(data)
         if self.num_rows == 0:
@@ -123,38 +155,116 @@ class LoaderSource(BatchSource):
         self.data = data
         self.is_stream = is_stream
         self._resumed: Iterator[Batch] | None = None
+        self._state_before: dict[str, Any] = {}
         rows = self.num_rows if self.num_rows is not None else batch_size or DEFAULT_BATCH_SIZE
         self.batch_size = data.batch_size if isinstance(data, DataLoader) else _check_batch_size(batch_size, rows)
 
-    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
+    def batches(self, generator: torch.Generator | None = None, *, skip: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch; a given loader keeps its own order, and a stream begins where it was left."""
+        _check_skip(skip, self)
         if self._resumed is not None:
             resumed, self._resumed = self._resumed, None
             yield from resumed
             return
-        loader: DataLoader[Any] | Dataset[Any] = self.data
-        if not isinstance(loader, DataLoader):
-            shuffle = generator is not None and not self.is_stream
-            loader = DataLoader(loader, self.batch_size, shuffle=shuffle, generator=generator if shuffle else None)
-        for item in loader:
+        for item in self.data if isinstance(self.data, DataLoader) else self._loader(self.data, generator, skip):
             yield as_batch(item)
 
+    def _loader(self, dataset: Dataset[Any], generator: torch.Generator | None, skip: int) -> DataLoader[Any]:
+        """Make a loader for one epoch, whose own seed does not come from torch's generator."""
+        own = torch.Generator() if generator is None else generator
+        if self.num_rows is None or self.batch_size is None:
+            return DataLoader(dataset, self.batch_size, generator=own)
+        rows = _index_batches(self.num_rows, self.batch_size, generator, skip)
+        return DataLoader(dataset, batch_sampler=rows, generator=own)
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether an epoch can be entered in its middle: not that of a given loader or a stream."""
+        return not (self.is_given or self.is_stream)
+
     def first(self) -> Batch:
-        """Return the first batch, in the given order; a stream, which may not begin anew, yields it again later."""
-        if not self.is_stream:
-            return super().first()
+        """Return the first batch, in the given order; what keeps its own place, as a stream does, yields it again later."""
+        if not self.is_stream and not self._stateful():
+            before = {name: generator.get_state() for name, generator in self._generators().items()}
+            try:
+                return super().first()
+            finally:
+                for name, generator in self._generators().items():
+                    generator.set_state(before[name])
+        state = self.state()
         passing = self.batches()
         batch = next(passing, None)
         if batch is None or batch.rows == 0:
             raise DataError("The data are empty: expected at least one row.")
-        self._resumed = chain([batch], passing)
+        self._resumed, self._state_before = chain([batch], passing), state
         return batch
+
+    def state(self) -> dict[str, Any]:
+        """Return the states of a given loader's generators, and of the loader or a stream that tells its own (``state_dict``)."""
+        if self._resumed is not None:
+            return self._state_before
+        held = {name: item.state_dict() for name, item in self._stateful().items()}
+        return held | {name: generator.get_state() for name, generator in self._generators().items()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to where :meth:`state` was taken."""
+        super().load_state(state)
+        for name, item in self._stateful().items():
+            item.load_state_dict(state[name])
+            self._resumed = None
+        for name, generator in self._generators().items():
+            generator.set_state(state[name])
+
+    def _stateful(self) -> dict[str, Any]:
+        """Return what keeps its own place: a loader such as torchdata's, else a stream such as Hugging Face's."""
+        candidates = {
+            "loader": self.data if self.is_given else None,
+            "stream": self.dataset if self.is_stream else None,
+        }
+        able = {name: item for name, item in candidates.items() if hasattr(item, "load_state_dict")}
+        return dict(list(able.items())[:1])
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        """Return the generators of a given loader and its samplers."""
+        if not isinstance(self.data, DataLoader):
+            return {}
+        batch_sampler: Any = self.data.batch_sampler
+        holders = {
+            "generator": self.data,
+            "sampler's generator": self.data.sampler,
+            "inner sampler's generator": getattr(batch_sampler, "sampler", None),
+        }
+        found = {name: getattr(holder, "generator", None) for name, holder in holders.items()}
+        return {name: generator for name, generator in found.items() if isinstance(generator, torch.Generator)}
 
     def num_batches(self) -> int | None:
         """Number of batches in an epoch; ``None`` for a stream."""
         if isinstance(self.data, DataLoader) and not self.is_stream:
             return len(self.data)
         return None if self.num_rows is None or self.batch_size is None else -(-self.num_rows // self.batch_size)
+
+
+def _index_batches(num_rows: int, size: int, generator: torch.Generator | None, skip: int) -> Iterator[list[int]]:
+    """Yield the rows of each batch, which a loader asks for once it has drawn its own seed."""
+    order = torch.arange(num_rows) if generator is None else torch.randperm(num_rows, generator=generator)
+    for start in range(skip * size, num_rows, size):
+        yield order[start : start + size].tolist()
+
+
+def _check_skip(skip: int, source: BatchSource) -> None:
+    """Refuse to pass over batches that are not there, or that come from elsewhere.
+
+    Raises:
+        SettingError: Saying which.
+    """
+    if skip and not source.can_skip:
+        raise SettingError(
+            f"A given DataLoader or a stream has an order of its own, so that its first {skip} batches can't be passed over "
+            f"without loading them: begin at an epoch's beginning, or give a Dataset with batch_size=."
+        )
+    count = source.num_batches()
+    if skip < 0 or (count is not None and skip > count):
+        raise SettingError(f"skip must lie between 0 and the number of batches in an epoch, {count}; got {skip}.")
 
 
 def _count_rows(data: Any) -> int:

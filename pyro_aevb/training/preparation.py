@@ -142,9 +142,9 @@ class _WholeSource(BatchSource):
         self.batch_size: int = whole.rows
         self._num_batches = num_batches
 
-    def batches(self, generator: torch.Generator | None = None) -> Iterator[Batch]:
+    def batches(self, generator: torch.Generator | None = None, *, skip: int = 0) -> Iterator[Batch]:
         """Yield all rows, as often as there are batches in an epoch."""
-        return iter([self.batch] * self._num_batches)
+        return iter([self.batch] * (self._num_batches - skip))
 
     def num_batches(self) -> int:
         """Number of steps in an epoch."""

@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from pyro_aevb import SGVB, fit
 from pyro_aevb.errors import DataError, SettingError
@@ -196,3 +196,159 @@ class TestWhole:
     def test_a_stream_has_no_whole(self):
         with pytest.raises(DataError, match="tensors"):
             fit(Recorder(), no_latents, SGVB(kl="sampled"), Stream(), data_plate=None, progress=False)
+
+
+class Loading(Dataset):
+    """Squares that remember which of them were asked for."""
+
+    def __init__(self):
+        self.loaded = []
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        self.loaded.append(index)
+        return X[index], Y[index]
+
+
+ORDERED = {
+    "tensor": lambda: X,
+    "tuple": lambda: (X, Y),
+    "mapping": lambda: {"x": X, "y": Y},
+    "dataset": lambda: TensorDataset(X, Y),
+}
+
+
+def columns(batches):
+    return [torch.stack([*batch.args, *batch.kwargs.values()]).tolist() for batch in batches]
+
+
+class TestEnteringAnEpoch:
+    @pytest.mark.parametrize("form", ORDERED)
+    @pytest.mark.parametrize("skip", [0, 1, 3, 4])
+    def test_the_rest_of_the_epoch_is_the_same_and_so_is_the_next_one(self, form, skip):
+        source = as_source(ORDERED[form](), batch_size=3)
+        assert source.can_skip
+        whole, entered = (torch.Generator().manual_seed(5) for _ in range(2))
+        expected = columns(source.batches(whole))
+        assert columns(source.batches(entered, skip=skip)) == expected[skip:]
+        assert torch.equal(whole.get_state(), entered.get_state())
+        assert columns(source.batches(whole)) == columns(source.batches(entered)) != expected
+
+    @pytest.mark.parametrize("form", ORDERED)
+    def test_without_a_generator_the_order_is_that_of_the_rows(self, form):
+        batches = columns(as_source(ORDERED[form](), batch_size=3).batches(skip=2))
+        assert [batch[0] for batch in batches] == [[6.0, 7.0, 8.0], [9.0]]
+
+    def test_rows_that_are_passed_over_are_not_loaded(self):
+        dataset = Loading()
+        source = as_source(dataset, batch_size=3)
+        rows = [int(x) for batch in source.batches(torch.Generator().manual_seed(0), skip=2) for x in batch.args[0]]
+        assert dataset.loaded == rows
+        assert len(rows) == 4
+
+    @pytest.mark.parametrize("form", [*ORDERED, "stream"])
+    def test_torchs_generator_is_left_alone(self, form):
+        source = as_source((ORDERED | {"stream": Stream})[form](), batch_size=3)
+        before = torch.get_rng_state()
+        list(source.batches())
+        list(source.batches(torch.Generator()))
+        assert torch.equal(before, torch.get_rng_state())
+
+    @pytest.mark.parametrize("data", [DataLoader(Squares(), batch_size=3), Stream()])
+    def test_an_order_that_is_not_ours_can_only_be_followed(self, data):
+        source = as_source(data)
+        assert not source.can_skip
+        with pytest.raises(SettingError, match="order of its own"):
+            next(source.batches(skip=1))
+
+    @pytest.mark.parametrize("skip", [-1, 5])
+    def test_batches_that_are_not_there(self, skip):
+        with pytest.raises(SettingError, match=f"0 and the number of batches in an epoch, 4; got {skip}"):
+            next(as_source(X, batch_size=3).batches(skip=skip))
+
+
+class Counting(IterableDataset):
+    """An endless stream that tells and takes its place, as Hugging Face's do."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __iter__(self):
+        while True:
+            self.next += 1
+            yield torch.tensor(float(self.next))
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
+class Stateful(DataLoader):
+    """A loader that tells and takes its place, as torchdata's does."""
+
+    place = 0
+
+    def __iter__(self):
+        while True:
+            self.place += 1
+            yield torch.full((2,), float(self.place))
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+class TestStates:
+    def test_what_we_order_ourselves_has_none(self):
+        for data in (X, {"x": X}, TensorDataset(X), Stream()):
+            source = as_source(data)
+            assert source.state() == {}
+            source.load_state({})
+
+    @pytest.mark.parametrize("sampler", [False, True])
+    def test_a_loaders_own_generator_is_one(self, sampler):
+        own = torch.Generator().manual_seed(3)
+        order = {"sampler": RandomSampler(X, generator=own)} if sampler else {"shuffle": True, "generator": own}
+        source = as_source(DataLoader(TensorDataset(X), batch_size=3, **order))
+        source.first()
+        state = source.state()
+        first, second = columns(source.batches()), columns(source.batches())
+        source.load_state(state)
+        assert columns(source.batches()) == first != second
+
+    def test_the_first_batch_does_not_move_a_loaders_generator(self):
+        own = torch.Generator().manual_seed(3)
+        source = as_source(DataLoader(TensorDataset(X), shuffle=True, generator=own))
+        before = own.get_state()
+        source.first()
+        assert torch.equal(before, own.get_state())
+
+    @pytest.mark.parametrize("data", [Counting, lambda: DataLoader(Counting(), batch_size=2), lambda: Stateful(X)])
+    def test_a_stream_that_keeps_its_place_goes_on_from_it(self, data):
+        source = as_source(data(), *([2] if data is Counting else []))
+        for _ in range(2):  # a fit looks at the first batch before it begins
+            assert columns([source.first()]) == columns([source.first()])
+            begin = source.state()
+            passing = source.batches()
+            ahead = columns([next(passing) for _ in range(3)])
+            state = source.state()
+            rest = columns([next(passing) for _ in range(3)])
+            assert rest != ahead
+            other = as_source(data(), *([2] if data is Counting else []))
+            other.first()
+            other.load_state(state)
+            passing = other.batches()
+            assert columns([next(passing) for _ in range(3)]) == rest
+            source.load_state(begin)
+            assert columns([next(iter(source.batches()))]) == ahead[:1]
+            source = other
+
+    def test_the_state_of_another_kind_of_data_is_refused(self):
+        with pytest.raises(DataError, match=r"states of \['stream'\] and are one with states of \[\]"):
+            as_source(X).load_state(as_source(Counting()).state())
