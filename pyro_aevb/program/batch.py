@@ -1,5 +1,6 @@
 """A batch as the arguments of a program: its rows, its description, and errors that name it."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,16 +12,46 @@ from torch import Tensor
 from pyro_aevb._types import Args, Kwargs
 from pyro_aevb.errors import AEVBError, DataError, ModelError
 
-__all__ = ["as_tensors", "batch_rows", "describe_batch", "explained", "take_rows"]
+__all__ = ["as_tensors", "batch_rows", "describe_batch", "explained", "take_rows", "to_tensor"]
 
 
 def as_tensors(args: Args, kwargs: Kwargs) -> tuple[Args, dict[str, Any]]:
     """Turn a batch's numpy arrays to tensors, which share their memory."""
 
-    def convert(item: Any) -> Any:
-        return torch.from_numpy(item) if isinstance(item, np.ndarray) else item
+    def convert(name: int | str, item: Any) -> Any:
+        return to_tensor(item, f"argument {name}") if isinstance(item, np.ndarray) else item
 
-    return tuple(map(convert, args)), {name: convert(item) for name, item in kwargs.items()}
+    return tuple(convert(*named) for named in enumerate(args)), {
+        name: convert(name, item) for name, item in kwargs.items()
+    }
+
+
+def to_tensor(array: np.ndarray, name: str) -> Tensor:
+    """Turn a numpy array to a tensor that shares its memory, read-only and memory-mapped ones too.
+
+    What torch can't read in place is copied: negative strides, fields of records, another byte order.
+
+    Raises:
+        DataError: If it holds no numbers, or numbers of a type that torch lacks, or has a mask, which would be lost.
+    """
+    if isinstance(array, np.ma.MaskedArray):
+        raise DataError(
+            f"A masked array as {name} would lose its mask. Give its values (.filled(0)) and ~mask as two arguments, and mask the "
+            f"site by the second, obs_mask=."
+        )
+    try:
+        if not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
+        if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+            array = array.copy()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(array)
+    except (TypeError, ZeroDivisionError) as error:
+        raise DataError(
+            f"Expected numbers as {name}, got an array of type {array.dtype}, which torch does not have: convert it with "
+            f".astype."
+        ) from error
 
 
 def batch_rows(args: Args, kwargs: Kwargs) -> int | None:

@@ -17,14 +17,18 @@ from pyro_aevb.program.batch import batch_rows, explained, take_rows
 from pyro_aevb.program.importance import ImportanceProgram, find_non_finite
 from pyro_aevb.program.parameters import evaluating, preserved_param_store
 from pyro_aevb.program.particles import ParticleAxes, Records
+from pyro_aevb.program.processes import Processes, fork_seed
 from pyro_aevb.program.settings import check_programs
 from pyro_aevb.program.structure import Structure, read_structure
-from pyro_aevb.randomness import seeded
+from pyro_aevb.randomness import preserved_rng, seeded
 
 __all__ = ["ReadRows", "Rows", "check_finite", "inferring", "located", "read_rows"]
 
 CHUNK_DRAWS = 50_000
 """Draws of all local latents of a row that are in memory at once by default: some 300 MB for 784 pixels in float32."""
+
+_CHECKED_AT_ONCE = 1 << 22
+"""Numbers among which NaN is looked for at once: 16 MB in float32, so that data on disk need not fit in memory."""
 
 
 @contextmanager
@@ -98,12 +102,16 @@ def _data_tensors(args: Args, kwargs: Kwargs) -> dict[int | str, Tensor]:
 
 def _non_finite_rows(args: Args, kwargs: Kwargs) -> Tensor:
     """Return the indices of rows that hold NaN or infinity in any floating tensor."""
-    tensors = [item for item in _data_tensors(args, kwargs).values() if item.is_floating_point()]
-    bad = [
-        (~torch.isfinite(item)).reshape(len(item), math.prod(item.shape[1:])).any(1).nonzero()[:, 0].cpu()
-        for item in tensors
-    ]
-    return torch.cat(bad).unique() if bad else torch.empty(0, dtype=torch.long)
+    bad = [torch.empty(0, dtype=torch.long)]
+    for item in _data_tensors(args, kwargs).values():
+        if not item.is_floating_point():
+            continue
+        width = math.prod(item.shape[1:])
+        size = max(1, _CHECKED_AT_ONCE // max(1, width))
+        for start in range(0, len(item), size):
+            part = item[start : start + size]
+            bad.append((~torch.isfinite(part)).reshape(len(part), width).any(1).nonzero()[:, 0].cpu() + start)
+    return torch.cat(bad).unique()
 
 
 def _argument(args: Args, kwargs: Kwargs, row: int) -> str:
@@ -221,6 +229,7 @@ class Rows:
         args: The batch, as positional arguments.
         kwargs: The batch, as keyword arguments.
         data_plate: As in :func:`~pyro_aevb.program.structure.read_structure`.
+        processes: Processes that divide the chunks among them; by default this one runs them all.
 
     Attributes:
         program: Model and guide, read on the first rows.
@@ -233,9 +242,16 @@ class Rows:
     """
 
     def __init__(
-        self, model: PyroProgram, guide: PyroProgram, args: Args, kwargs: Kwargs, data_plate: str | None
+        self,
+        model: PyroProgram,
+        guide: PyroProgram,
+        args: Args,
+        kwargs: Kwargs,
+        data_plate: str | None,
+        processes: Processes | None = None,
     ) -> None:
         self.args, self.kwargs = args, kwargs
+        self.processes = Processes(None) if processes is None else processes
         self._globals: Values = {}
 
         def read(args: Args, kwargs: Kwargs, data_plate: str | None) -> ImportanceProgram:
@@ -257,29 +273,64 @@ class Rows:
     ) -> Iterator[tuple[Args, Kwargs, int]]:
         """Yield arguments of the programs and how many of their rows count, with a progress bar.
 
+        The first chunk draws from torch's generator as it is, each later one under a seed of its own, so that a chunk's draws do
+        not depend on who ran those before it. A process that does not run the first chunk still gets it, with no row that
+        counts, where globals are drawn with it.
+
         Args:
             chunk_size: Rows run at once; ``None`` for so many that some 50,000 draws are in memory. A model that draws rows by
                 itself runs as many as it draws, the last chunk padded by repeated rows.
             draws_per_row: Draws of each row.
             progress: Whether to show a progress bar.
         """
+        size = self._chunk_rows(chunk_size, draws_per_row)
+        number, stop = self.processes.bounds(self._num_chunks(size))
+        with preserved_rng():
+            seed = int(torch.randint(2**62, ()))
+        if 0 < number < stop and self.structure.has_globals:
+            yield *self._chunk(0, size)[:2], 0
+        total = min(stop * size, self._total) - number * size
+        with tqdm(total=max(0, total), disable=not progress, unit="row", dynamic_ncols=True) as bar:
+            for place in range(number, stop):
+                if place:
+                    torch.manual_seed(fork_seed(seed, place))
+                chunk = self._chunk(place, size)
+                yield chunk
+                bar.update(chunk[2])
+
+    def num_own(self, chunk_size: int | None, draws_per_row: int) -> int:
+        """Return how many rows this process's chunks have together."""
+        size = self._chunk_rows(chunk_size, draws_per_row)
+        number, stop = self.processes.bounds(self._num_chunks(size))
+        return max(0, min(stop * size, self._total) - number * size)
+
+    @property
+    def _total(self) -> int:
+        """Number of rows; those of the model's own plates where it is one row as a whole."""
+        return self.structure.rows if self.count is None else self.count
+
+    def _num_chunks(self, size: int) -> int:
+        return -(-self._total // size)
+
+    def _chunk_rows(self, chunk_size: int | None, draws_per_row: int) -> int:
+        """Return how many rows are run at once."""
         if self.count is None:
-            yield self.args, self.kwargs, self.structure.rows
-            return
-        drawn = self._read.drawn
-        size = drawn or chunk_size or max(1, CHUNK_DRAWS // draws_per_row)
+            return max(1, self._total)
         if self._read.needs_all:
-            size = self.count
-        if self.structure.full_size > self.structure.rows:
-            size = min(size, self.structure.full_size)
-        with tqdm(total=self.count, disable=not progress, unit="row", dynamic_ncols=True) as bar:
-            for start in range(0, self.count, size):
-                stop = min(start + size, self.count)
-                rows: slice | Tensor = slice(start, stop)
-                if drawn is not None and stop - start < size:
-                    rows = torch.arange(start, start + size).clamp(max=stop - 1)
-                yield *take_rows(self.args, self.kwargs, rows), stop - start
-                bar.update(stop - start)
+            return self.count
+        size = self._read.drawn or chunk_size or max(1, CHUNK_DRAWS // draws_per_row)
+        return min(size, self.structure.full_size) if self.structure.full_size > self.structure.rows else size
+
+    def _chunk(self, number: int, size: int) -> tuple[Args, Kwargs, int]:
+        """Return a chunk's rows and how many of them count."""
+        if self.count is None:
+            return self.args, self.kwargs, self._total
+        start = number * size
+        stop = min(start + size, self.count)
+        rows: slice | Tensor = slice(start, stop)
+        if self._read.drawn is not None and stop - start < size:
+            rows = torch.arange(start, start + size).clamp(max=stop - 1)
+        return *take_rows(self.args, self.kwargs, rows), stop - start
 
     def sample_guide(self, args: Args, kwargs: Kwargs, axes: ParticleAxes) -> Records:
         """Draw from the guide; every chunk of rows keeps the globals that the first one drew."""

@@ -1,17 +1,16 @@
 """Data in any of the accepted forms become batches: positional and keyword arguments of model and guide."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_aevb.errors import DataError, SettingError
-from pyro_aevb.randomness import preserved_rng
+from pyro_aevb.training.batches import Batch, BatchSource, as_batch, check_lengths, check_skip
+from pyro_aevb.training.streaming import IteratorSource, filled
 
 __all__ = ["Batch", "BatchSource", "as_batch", "as_source"]
 
@@ -19,98 +18,16 @@ DEFAULT_BATCH_SIZE = 100
 """M of arXiv 1312.6114, Algorithm 1."""
 
 
-class Batch(NamedTuple):
-    """Arguments of one call of model and guide.
-
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def rows(self) -> int:
-        """Number of rows: the length of the first tensor, 0 without tensors."""
-        tensors = (item for item in (*self.args, *self.kwargs.values()) if isinstance(item, Tensor) and item.dim() > 0)
-        return next((len(tensor) for tensor in tensors), 0)
-
-
-class BatchSource(ABC):
-    """Rows that can be passed through in batches, several times.
-
-    Attributes:
-        num_rows: Number of rows; ``None`` for a stream.
-        batch_size: Rows in a batch, the last one may be shorter.
-    """
-
-    num_rows: int | None
-    batch_size: int | None
-
-    @abstractmethod
-    def batches(self, generator: torch.Generator | None = None, *, skip: int = 0) -> Iterator[Batch]:
-        """Yield the batches of one epoch, shuffled if there is a generator.
-
-        Args:
-            generator: Draws the order. It draws as much whatever ``skip`` is, and nothing is drawn from torch's own generator,
-                but by a given loader.
-            skip: Batches at the epoch's beginning that are passed over, and not loaded.
-
-        Raises:
-            SettingError: If there are fewer batches to skip, or they can't be.
-        """
-
-    @abstractmethod
-    def num_batches(self) -> int | None:
-        """Number of batches in an epoch; ``None`` for a stream."""
-
-    @property
-    def can_skip(self) -> bool:
-        """Whether an epoch can be entered in its middle: where the order is drawn here."""
-        return True
-
-    def state(self) -> dict[str, Any]:
-        """Return where the data stand between two epochs, beside the generator of the order: states of what draws by itself."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go to where :meth:`state` was taken.
-
-        Raises:
-            DataError: If the state is that of another kind of data.
-        """
-        own = sorted(self.state())
-        if sorted(state) != own:
-            raise DataError(
-                f"The data were a source with states of {sorted(state)} and are one with states of {own}: give the same kind of "
-                f"data to go on."
-            )
-
-    def first(self) -> Batch:
-        """Return the first batch, in the given order."""
-        with preserved_rng():  # a DataLoader draws a seed whenever it is asked for batches
-            batch = next(iter(self.batches()), None)
-        if batch is None or batch.rows == 0:
-            raise DataError("The data are empty: expected at least one row.")
-        return batch
-
-    def whole(self) -> Batch | None:
-        """Return all rows as one batch, where they are in memory."""
-        return None
-
-
 class TensorSource(BatchSource):
     """Tensors with rows on axis 0, in their own dtype, gathered by index."""
 
     def __init__(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], batch_size: int | None) -> None:
         named: list[tuple[int | str, Tensor]] = [*enumerate(args), *kwargs.items()]
-        lengths = {name: _length(name, tensor) for name, tensor in named}
+        lengths = [_length(name, tensor) for name, tensor in named]
         if not lengths:
             raise DataError("The data hold no tensors.")
-        if len(set(lengths.values())) > 1:
-            raise DataError(f"Every tensor has rows on axis 0 and as many of them, got lengths {lengths}.")
-        self.num_rows: int = next(iter(lengths.values()))
+        check_lengths(Batch(args, kwargs))
+        self.num_rows: int = lengths[0]
         if self.num_rows == 0:
             raise DataError("The data are empty: expected at least one row.")
         self.args = args
@@ -119,7 +36,7 @@ class TensorSource(BatchSource):
 
     def batches(self, generator: torch.Generator | None = None, *, skip: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch, shuffled if there is a generator."""
-        _check_skip(skip, self)
+        check_skip(skip, self)
         # the order of all rows at once means nothing to a bound, and much to a guide with parameters of each row
         is_shuffled = generator is not None and self.batch_size < self.num_rows
         order = torch.randperm(self.num_rows, generator=generator) if is_shuffled else None
@@ -161,13 +78,13 @@ class LoaderSource(BatchSource):
 
     def batches(self, generator: torch.Generator | None = None, *, skip: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch; a given loader keeps its own order, and a stream begins where it was left."""
-        _check_skip(skip, self)
+        check_skip(skip, self)
         if self._resumed is not None:
             resumed, self._resumed = self._resumed, None
             yield from resumed
             return
-        for item in self.data if isinstance(self.data, DataLoader) else self._loader(self.data, generator, skip):
-            yield as_batch(item)
+        loader = self.data if isinstance(self.data, DataLoader) else self._loader(self.data, generator, skip)
+        yield from filled(loader) if self.is_stream else map(as_batch, loader)
 
     def _loader(self, dataset: Dataset[Any], generator: torch.Generator | None, skip: int) -> DataLoader[Any]:
         """Make a loader for one epoch, whose own seed does not come from torch's generator."""
@@ -251,22 +168,6 @@ def _index_batches(num_rows: int, size: int, generator: torch.Generator | None, 
         yield order[start : start + size].tolist()
 
 
-def _check_skip(skip: int, source: BatchSource) -> None:
-    """Refuse to pass over batches that are not there, or that come from elsewhere.
-
-    Raises:
-        SettingError: Saying which.
-    """
-    if skip and not source.can_skip:
-        raise SettingError(
-            f"A given DataLoader or a stream has an order of its own, so that its first {skip} batches can't be passed over "
-            f"without loading them: begin at an epoch's beginning, or give a Dataset with batch_size=."
-        )
-    count = source.num_batches()
-    if skip < 0 or (count is not None and skip > count):
-        raise SettingError(f"skip must lie between 0 and the number of batches in an epoch, {count}; got {skip}.")
-
-
 def _count_rows(data: Any) -> int:
     """Return the rows of one epoch: those that a loader's sampler gives, where it has one."""
     sampler: Any = data.sampler if isinstance(data, DataLoader) and data.batch_size is not None else _dataset(data)
@@ -278,7 +179,7 @@ def _dataset(data: Any) -> Any:
 
 
 def as_source(data: Any, batch_size: int | None = None) -> BatchSource:
-    """Accept a tensor, a tuple or list of tensors, a mapping, numpy arrays, a Dataset or a DataLoader.
+    """Accept a tensor, a tuple or list of tensors, a mapping, numpy arrays, a Dataset, a DataLoader or an iterator of batches.
 
     A tensor becomes ``model(x)``, a tuple or list ``model(*batch)``, a mapping ``model(**batch)``; every tensor has rows on
     axis 0.
@@ -289,28 +190,10 @@ def as_source(data: Any, batch_size: int | None = None) -> BatchSource:
     """
     if isinstance(data, (DataLoader, Dataset)):
         return LoaderSource(data, batch_size)
+    if isinstance(data, Iterator):
+        return IteratorSource(data, batch_size)
     batch = as_batch(data)
     return TensorSource(batch.args, batch.kwargs, batch_size)
-
-
-def as_batch(data: Any) -> Batch:
-    """Turn one batch in any form to arguments; numpy arrays become tensors that share their memory."""
-    if isinstance(data, Mapping):
-        return Batch((), {name: _as_tensor(name, item) for name, item in data.items()})
-    if isinstance(data, (tuple, list)):
-        return Batch(tuple(_as_tensor(index, item) for index, item in enumerate(data)), {})
-    return Batch((_as_tensor(0, data),), {})
-
-
-def _as_tensor(name: int | str, item: Any) -> Tensor:
-    if isinstance(item, Tensor):
-        return item
-    if isinstance(item, np.ndarray):
-        return torch.from_numpy(item)
-    raise DataError(
-        f"Expected a tensor or a numpy array for argument {name}, got {type(item).__name__}. Bind constants to the model with "
-        f"functools.partial."
-    )
 
 
 def _length(name: int | str, tensor: Tensor) -> int:
