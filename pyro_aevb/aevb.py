@@ -15,9 +15,8 @@ from pyro_aevb.diagnostics.report import TrustReport, trust_report
 from pyro_aevb.errors import FileError, SettingError
 from pyro_aevb.evidence.marginal import find_method, log_marginal
 from pyro_aevb.evidence.result import LogMarginal
-from pyro_aevb.guides.base import AmortizedGuide
 from pyro_aevb.guides.normal import AutoAmortizedNormal
-from pyro_aevb.guides.saving import describe_guide, read_guide
+from pyro_aevb.guides.saving import read_guide
 from pyro_aevb.imputation.impute import impute
 from pyro_aevb.imputation.result import Imputation
 from pyro_aevb.objectives.base import Objective
@@ -29,10 +28,11 @@ from pyro_aevb.program.compiling import Compile, check_compile
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.settings import check_covariates, check_settings
 from pyro_aevb.randomness import seeded
-from pyro_aevb.training.checkpoint import describe, read_header, restore, save
 from pyro_aevb.training.data import Batch, as_batch
+from pyro_aevb.training.files import read_file, write_file
 from pyro_aevb.training.loop import FitResult, fit_module
 from pyro_aevb.training.preparation import build
+from pyro_aevb.training.saving import describe, describe_program, restore
 from pyro_aevb.training.staged import Staging
 from pyro_aevb.training.stepper import Stepper, default_optimizer
 
@@ -289,12 +289,7 @@ class AEVB:
         Raises:
             FileError: If the file can't be written; an old file is left as it was.
         """
-        settings: dict[str, Any] = {"data_plate": self.data_plate, "guide": None, "objective": None}
-        if isinstance(self.guide, AmortizedGuide):
-            settings["guide"] = describe_guide(self.guide)
-        if isinstance(self.objective, Objective):
-            settings["objective"] = [type(self.objective).__name__, self.objective.settings]
-        save(self._module, path, settings, self._batch_shapes)
+        write_file(path, describe_program(self._module, self._batch_shapes))
 
     @classmethod
     def load(
@@ -309,7 +304,7 @@ class AEVB:
         """Read a saved file into a model and guide of the kind it was saved with; data are not needed.
 
         Args:
-            path: The file.
+            path: The file, a saved one or a checkpoint of a fit.
             model: The model; its parameters are overwritten.
             guide: The guide; its parameters are overwritten. By default the automatic guide that was saved.
             objective: The objective; by default the saved one, with a schedule replaced by its constant default.
@@ -318,7 +313,8 @@ class AEVB:
         Raises:
             FileError: If the file is damaged, of another version, or belongs to another model.
         """
-        header = read_header(path)
+        contents = read_file(path)
+        header = contents.header
         guide = read_guide(header["guide"], model, guide, encoder)
         if objective is None and header["objective"] is not None:
             name, settings = header["objective"]
@@ -332,7 +328,7 @@ class AEVB:
                 raise FileError(f"{path} has settings that {name} does not take: {error}. Give objective=.") from error
         loaded = cls(model, guide, objective, data_plate=header["data_plate"], num_data=header["num_data"])
         loaded._batch_shapes = header["batch"]
-        restore(loaded._module, path, header)
+        restore(loaded._module, contents, path)
         return loaded
 
     def __repr__(self) -> str:

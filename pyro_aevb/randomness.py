@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_aevb.errors import SettingError
 
-__all__ = ["RandomState", "check_seed", "preserved_rng", "random_state", "replayed_rng", "seeded"]
+__all__ = ["RandomState", "check_seed", "preserved_rng", "random_state", "replayed_rng", "restore_random_state", "seeded"]
 
 
 class RandomState(NamedTuple):
@@ -27,7 +27,8 @@ def random_state() -> RandomState:
     return RandomState(get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
 
-def _restore(state: RandomState) -> None:
+def restore_random_state(state: RandomState) -> None:
+    """Bring the generators to a state."""
     set_rng_state(state.host)
     if state.devices:
         torch.cuda.set_rng_state_all(state.devices)
@@ -40,14 +41,14 @@ def preserved_rng() -> Iterator[None]:
     try:
         yield
     finally:
-        _restore(state)
+        restore_random_state(state)
 
 
 @contextmanager
 def replayed_rng(state: RandomState) -> Iterator[None]:
     """Draw again what was drawn from a state on, and leave the generators as they were."""
     with preserved_rng():
-        _restore(state)
+        restore_random_state(state)
         yield
 
 

@@ -1,140 +1,127 @@
-"""A trained program on disk: tensors in safetensors, everything else as JSON in the same file's header, no pickle."""
+"""Checkpoints: a folder of files, from each of which a fit continues bit for bit as if it had never stopped."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-import pyro
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-from pyro_aevb.errors import AEVBError, FileError
+from pyro_aevb.errors import FileError, SettingError
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.training.data import Batch
+from pyro_aevb.training.files import Contents, read_file, write_file
+from pyro_aevb.training.packing import pack, unpack
+from pyro_aevb.training.saving import FIT, describe, describe_program, explain_difference, load_tensors
 
-__all__ = ["describe", "read_header", "restore", "save"]
+__all__ = ["Checkpoints", "collect", "distribute"]
 
-FORMAT = 1
-"""Version of the file's layout."""
-_KEY = "pyro_aevb"
+_PATTERN = "step-*.safetensors"
+_BEST = "best.safetensors"
 
 
-def save(module: ObjectiveModule, path: str | Path, settings: dict[str, Any], batch: list[list[Any]] | None) -> None:
-    """Write a program atomically: to a temporary file beside the target, flushed to disk, then renamed.
+class Checkpoints:
+    """The last few checkpoints of one fit and its best, in a folder of their own.
+
+    Args:
+        folder: The folder; it is made.
+        keep: How many of the last ones stay.
+        resume: Whether to continue what is there.
+
+    Raises:
+        FileError: If the folder can't be made, or holds checkpoints that nobody asked to continue.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int, resume: bool) -> None:
+        self.folder, self.keep = Path(folder), keep
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"Could not make the folder {self.folder} for checkpoints: {error}.") from error
+        if not resume and self.latest() is not None:
+            raise FileError(
+                f"{self.folder} holds checkpoints, the latest {self.latest()}. Continue that fit with resume=True, or give an "
+                f"empty folder."
+            )
+
+    def latest(self) -> Path | None:
+        """Return the file of the latest checkpoint, ``None`` if there is none."""
+        return max(self.folder.glob(_PATTERN), default=None)
+
+    def read_latest(self) -> tuple[Path, Contents] | None:
+        """Return the latest checkpoint, ``None`` if there is none.
+
+        Raises:
+            FileError: If it is damaged; an older one is named, from which the same fit continues.
+        """
+        path = self.latest()
+        if path is None:
+            return None
+        try:
+            return path, read_file(path)
+        except FileError as error:
+            older = sorted(self.folder.glob(_PATTERN))[:-1]
+            advice = f"Delete it to continue from {older[-1].name}" if older else "Empty the folder to start anew"
+            raise FileError(f"{error} {advice}.") from error
+
+    def write(self, number: int, contents: Contents) -> None:
+        """Write the checkpoint after so many batches, then delete what is older than the last few.
+
+        Raises:
+            FileError: If it can't be written; those that are there stay.
+        """
+        write_file(self.folder / f"step-{number:09d}.safetensors", contents)
+        for path in sorted(self.folder.glob(_PATTERN))[: -self.keep]:
+            path.unlink(missing_ok=True)
+        # what a process that was killed while writing left behind
+        for path in self.folder.glob(".*.safetensors.*"):
+            path.unlink(missing_ok=True)
+
+    def write_best(self, contents: Contents) -> None:
+        """Write the checkpoint of the best validation bound."""
+        write_file(self.folder / _BEST, contents)
+
+
+def collect(module: ObjectiveModule, state: dict[str, Any]) -> Contents:
+    """Return what a checkpoint holds: the program, as it is saved on its own, and the state of the fit.
 
     Args:
         module: Model, guide and objective.
-        path: Target; a file that is there is replaced only once the new one is whole.
-        settings: What is needed to rebuild the wrapper, as JSON values.
-        batch: Shapes and types of a batch, from :func:`describe`, so that loading can read the model's structure without data.
+        state: Numbers, strings, tensors, arrays, and lists, tuples and dicts of them.
+    """
+    batch = None if module.example is None else describe(Batch(module.example[0], dict(module.example[1])))
+    header, tensors = describe_program(module, batch)
+    packed = pack(state | {"objective": dict(module.objective_state.state_dict())}, tensors, f"{FIT}state")
+    return Contents(header | {"fit": packed}, tensors)
+
+
+def distribute(module: ObjectiveModule, contents: Contents, path: Path, setting: dict[str, Any]) -> dict[str, Any]:
+    """Load the program of a checkpoint, and return the state of the fit.
+
+    Args:
+        module: Model, guide and objective, built.
+        contents: What the file held.
+        path: The file, for messages.
+        setting: What must be the same as it was, by the name of the argument that sets it.
 
     Raises:
-        FileError: If the file can't be written; an old file is left as it was.
+        FileError: If it is no checkpoint, or one of another model or guide.
+        SettingError: If the fit is set up in another way.
     """
-    program = module.program
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in program.state_dict().items()}
-    header = settings | {
-        "format": FORMAT,
-        "fingerprint": module.structure.fingerprint if module.structure else None,
-        "batch": batch,
-        "pyro_params": sorted(program.unconstrained_params()),
-        "num_data": module.num_data,
-    }
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise FileError(f"Could not write {target}: {error}. A file that was there is unchanged.") from error
-
-
-def describe(batch: Batch) -> list[list[Any]]:
-    """Return name (``None`` by position), type and shape of every tensor of a batch, as JSON values."""
-    named = [*((None, item) for item in batch.args), *batch.kwargs.items()]
-    return [
-        [name, str(item.dtype).removeprefix("torch."), list(item.shape)]
-        for name, item in named
-        if isinstance(item, Tensor)
-    ]
-
-
-def read_header(path: str | Path) -> dict[str, Any]:
-    """Return the JSON part of a saved file.
-
-    Raises:
-        FileError: If the file is missing, damaged, of another kind or of another version.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        header = json.loads(metadata[_KEY])
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"{path} is missing or damaged: {error}.") from error
-    except (KeyError, ValueError) as error:
-        raise FileError(f"{path} was not written by AEVB.save: its header has no readable {_KEY!r} entry.") from error
-    if header.get("format") != FORMAT:
+    header, tensors = contents
+    if "fit" not in header:
+        raise FileError(f"{path} holds a program, not a fit: AEVB.load reads it.")
+    if difference := explain_difference(module, header):
         raise FileError(
-            f"{path} has format {header.get('format')!r}, this version reads {FORMAT}. Save it anew with a matching one."
+            f"{path} belongs to another model: {difference}. Give the model that it was saved with, or an empty folder."
         )
-    return header
+    state = unpack(header["fit"], tensors)
+    _check_setting(path, state["setting"], setting)
+    load_tensors(module.program, {name: item for name, item in tensors.items() if not name.startswith(FIT)}, path)
+    module.objective_state.load_state_dict(state["objective"])
+    return state
 
 
-def restore(module: ObjectiveModule, path: str | Path, header: dict[str, Any]) -> None:
-    """Load a saved program's tensors into a module, and check that it is the same model.
-
-    Raises:
-        FileError: If parameters or structure are those of another model; the module may then be partly built, not loaded.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"{path} is missing or damaged: {error}.") from error
-    program = module.program
-    program.restore_params(
-        {name: tensors[program.key(name)] for name in header["pyro_params"] if program.key(name) in tensors}
-    )
-    module.num_data = header["num_data"]
-    if header["batch"] is not None:
-        _build_on_constants(module, header, path)
-    own = program.state_dict()
-    wrong = [name for name in own.keys() | tensors.keys() if not _same_shape(own.get(name), tensors.get(name))]
-    if wrong:
-        raise FileError(
-            f"{path} belongs to another model or guide: {len(wrong)} parameters are missing, extra or of another shape, first "
-            f"{sorted(wrong)[:3]}. Load it with the model and guide that it was saved with."
+def _check_setting(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuse to continue a fit on other data or with another optimizer: nothing in the state would mean the same."""
+    different = [f"{name}={saved[name]!r} (now {own[name]!r})" for name in own if saved[name] != own[name]]
+    if different:
+        raise SettingError(
+            f"{path} was written by a fit with {', '.join(different)}. Continue with the same, or give an empty folder."
         )
-    program.load_state_dict(tensors)
-
-
-def _same_shape(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and a.shape == b.shape
-
-
-def _build_on_constants(module: ObjectiveModule, header: dict[str, Any], path: str | Path) -> None:
-    """Read the structure on a batch of the saved shapes and hold it against the saved one.
-
-    The batch is one half everywhere, inside the support of nearly every likelihood (0 in whole numbers, ``True`` in masks).
-    """
-    items = [(name, torch.full(shape, 0.5).to(getattr(torch, dtype))) for name, dtype, shape in header["batch"]]
-    args = tuple(item for name, item in items if name is None)
-    try:
-        with pyro.validation_enabled(False):
-            module.build(*args, **{name: item for name, item in items if name is not None})
-    except AEVBError as error:
-        raise FileError(f"{path} belongs to another model: this one does not run on its batches. {error}") from error
-    found = json.loads(json.dumps(module.structure.fingerprint)) if module.structure else None
-    if found == header["fingerprint"]:
-        return
-    saved, own = (part["sites"] if part else {} for part in (header["fingerprint"], found))
-    different = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
-    raise FileError(
-        f"{path} belongs to another model: sites {different or 'and plates'} differ. Load it with the model that it was saved with."
-    )

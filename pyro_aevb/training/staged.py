@@ -100,6 +100,13 @@ class Staging:
         """Whether the decision waits for a batch."""
         return not self.decision
 
+    def decide_again(self, decision: str) -> None:
+        """Decide as an earlier fit did, which is continued: what is compiled rounds in other places than what is not."""
+        if decision.startswith("eager"):
+            self.decision = decision
+        elif decision:
+            self.compile, self.decision = True, ""
+
     def stage(
         self, loss: StagedLoss, optimizer: Optimizer | None, batch: Batch, clip_norm: float | None
     ) -> WholeStep | None:

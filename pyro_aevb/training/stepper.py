@@ -152,6 +152,29 @@ class Stepper:
         counts = f", {self._num_whole:,} of {self.num_steps + self.num_skipped:,} steps" if self._num_whole else ""
         return self.staging.decision + counts
 
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer's class."""
+        return type(_plain(self.optimizer)).__name__
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next step depends on beside parameters and buffers."""
+        self.finish()
+        return {
+            "optimizer": _plain(self.optimizer).state_dict(),
+            "num_steps": self.num_steps,
+            "num_skipped": self.num_skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "decision": self.staging.decision,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state, before the first step; what was decided about compiling then holds now."""
+        _plain(self.optimizer).load_state_dict(state["optimizer"])
+        self.num_steps, self.num_skipped = state["num_steps"], state["num_skipped"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self.staging.decide_again(state["decision"])
+
     def finish(self) -> None:
         """Leave the optimizer as if it had taken every step itself."""
         if self._whole is not None:
@@ -189,6 +212,11 @@ class Stepper:
             site=site,
             num_skipped=self.num_skipped,
         )
+
+
+def _plain(optimizer: Any) -> Optimizer:
+    """Return the optimizer that Fabric wraps."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _default_fabric(device: torch.device) -> "Fabric":

@@ -1,0 +1,342 @@
+"""Epochs over a source: steps, validation, what ends them, and where they stand, from which they can be continued."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from signal import SIGTERM
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from tqdm import tqdm
+
+from pyro_aevb.errors import AEVBWarning, warn_user
+from pyro_aevb.program.objective_module import ObjectiveModule
+from pyro_aevb.randomness import RandomState, random_state, restore_random_state, seeded
+from pyro_aevb.training.checkpoint import Checkpoints, collect, distribute
+from pyro_aevb.training.data import BatchSource
+from pyro_aevb.training.interruption import Interruption
+from pyro_aevb.training.result import EpochEnd, FitResult
+from pyro_aevb.training.stepper import Stepper
+
+if TYPE_CHECKING:
+    from lightning_fabric.loggers.logger import Logger
+
+__all__ = ["Epochs", "Plan"]
+
+_CHECK_EVERY = 10_000
+"""Steps after which a compiled step is compared with an eager one again, where no callback may have changed anything."""
+_LOG_EVERY = 100
+"""Batches from one logged bound to the next."""
+
+
+class Plan(NamedTuple):
+    """How long to train, and who is told.
+
+    Attributes:
+        num_epochs: Passes over the data.
+        patience: Epochs without a better validation bound after which to stop.
+        callbacks: Called after each epoch.
+        progress: Whether to show a progress bar.
+        every: Batches from one checkpoint to the next; ``None`` for one an epoch.
+        loggers: Fabric's loggers.
+    """
+
+    num_epochs: int
+    patience: int | None
+    callbacks: Sequence[Callable[[EpochEnd], bool | None]]
+    progress: bool
+    every: int | None
+    loggers: "Sequence[Logger]"
+
+
+@dataclass
+class _Place:
+    """Where a fit stands.
+
+    Attributes:
+        epochs: Epochs done.
+        batches: Batches done of the present one.
+        total: Sum of its rows' bounds, in nats.
+        rows: Rows in that sum.
+        skipped: Batches skipped in it.
+        seconds: Time that its steps took.
+        all_seconds: Time that all steps took.
+        best_bound: The best validation bound.
+    """
+
+    epochs: int = 0
+    batches: int = 0
+    total: float = 0.0
+    rows: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    all_seconds: float = 0.0
+    best_bound: float = float("-inf")
+
+    def begin_epoch(self) -> None:
+        """Start counting anew."""
+        self.batches = self.rows = self.skipped = 0
+        self.total = self.seconds = 0.0
+
+
+class Epochs:
+    """Epochs over a source.
+
+    Args:
+        module: Model, guide and objective.
+        stepper: Takes the steps.
+        source: Rows to train on.
+        plan: How long to train, and who is told.
+        validation: Held-out rows.
+        checkpoints: Where to write, and what to continue.
+    """
+
+    def __init__(
+        self,
+        module: ObjectiveModule,
+        stepper: Stepper,
+        source: BatchSource,
+        plan: Plan,
+        validation: BatchSource | None = None,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        self.module, self.stepper, self.source, self.plan = module, stepper, source, plan
+        self.validation, self.checkpoints = validation, checkpoints
+        self.schedule: LRScheduler | None = None
+        self.result = FitResult(module=module)
+        self._place = _Place()
+        self._best_state: dict[str, Tensor] | None = None
+        self._generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+        self._order = self._generator.get_state()
+        self._num_saved = -1
+        self._interruption = Interruption()
+
+    def run(self) -> FitResult:
+        """Train until the epochs are done, patience is spent, a callback says so, or a signal comes."""
+        modes = [(module, module.training) for module in self.module.modules()]
+        self.stepper.check_every = _CHECK_EVERY
+        try:
+            with self._noting_signals(), self._bar() as bar:
+                self.stepper.staging.announce = bar.set_postfix_str
+                self._load()
+                bar.update(self._num_batches)
+                self._run(bar)
+                self._save()
+                if self._interruption.signal is None:
+                    self._restore_best()
+        except KeyboardInterrupt:
+            self.result.stopped_by = "interrupt"
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            self._finish()
+        for callback in self.plan.callbacks:
+            finish = getattr(callback, "finish", None)
+            if finish is not None:
+                finish(self.result)
+        self._interruption.obey()
+        return self.result
+
+    def _noting_signals(self) -> Any:
+        """Let signals wait for the end of a step, where there is anything to be done about them."""
+        return nullcontext() if self.checkpoints is None else self._interruption
+
+    def _bar(self) -> "tqdm[Any]":
+        steps = self.source.num_batches()
+        total = None if steps is None else steps * self.plan.num_epochs
+        return tqdm(total=total, disable=not self.plan.progress, unit="step", dynamic_ncols=True)
+
+    @property
+    def _num_batches(self) -> int:
+        return self.stepper.num_steps + self.stepper.num_skipped
+
+    def _run(self, bar: "tqdm[Any]") -> None:
+        """Run epoch after epoch."""
+        while self._place.epochs < self.plan.num_epochs and self.result.stopped_by == "epochs":
+            if self._place.batches == 0:
+                self._order = self._generator.get_state()
+            self._train(bar)
+            if self._interruption.signal is not None:
+                self.result.stopped_by = "sigterm" if self._interruption.signal == SIGTERM else "interrupt"
+                return
+            self._end_epoch(bar)
+            if self.plan.every is None or not self._can_enter_anywhere:
+                self._save()
+
+    def _train(self, bar: "tqdm[Any]") -> None:
+        """Take the steps of an epoch, or those that are left of it."""
+        self.module.train()
+        place = self._place
+        with pyro.validation_enabled(False), self._timed():
+            for batch in self.source.batches(self._generator, skip=place.batches if self.source.can_skip else 0):
+                bound = self.stepper.step(batch)
+                place.batches += 1
+                if bound == bound:
+                    place.total, place.rows = place.total + bound * batch.rows, place.rows + batch.rows
+                else:
+                    place.skipped += 1
+                self._tell(bar, bound)
+                if self._interruption.signal is not None:
+                    return
+                if self.plan.every is not None and self._num_batches % self.plan.every == 0 and self._can_enter:
+                    self._save()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count the time of steps, without that of compiling."""
+        start, before = time.perf_counter(), self.stepper.staging.seconds
+        yield
+        seconds = time.perf_counter() - start - (self.stepper.staging.seconds - before)
+        self._place.seconds += seconds
+        self._place.all_seconds += seconds
+
+    def _tell(self, bar: "tqdm[Any]", bound: float) -> None:
+        bar.update()
+        if bar.n % 10 == 0:
+            bar.set_postfix_str(f"epoch {self._place.epochs + 1}, bound {bound:.2f} nats a row", refresh=False)
+        if self.plan.loggers and self._num_batches % _LOG_EVERY == 0:
+            self._log({"step_bound": bound})
+
+    def _log(self, numbers: dict[str, float]) -> None:
+        for logger in self.plan.loggers:
+            logger.log_metrics(numbers, step=self._num_batches)
+
+    def _end_epoch(self, bar: "tqdm[Any]") -> None:
+        """Validate, record, step the schedule, call back, and see whether that was the last epoch."""
+        place, result = self._place, self.result
+        place.epochs += 1
+        record = {"epoch": float(place.epochs), "bound": place.total / place.rows if place.rows else float("nan")}
+        if self.validation is not None:
+            record["validation_bound"] = self._validate()
+        record["learning_rate"] = float(self.stepper.optimizer.param_groups[0]["lr"])
+        record |= {"num_skipped": float(place.skipped), "seconds": place.seconds}
+        result.history.append(record)
+        self._step_schedule(record)
+        place.begin_epoch()
+        self._num_saved = -1  # a checkpoint from before this epoch's end is another
+        bar.set_postfix_str(
+            ", ".join(f"{name} {record[name]:.2f}" for name in ("epoch", "bound", "validation_bound") if name in record)
+        )
+        event = EpochEnd(place.epochs, record, self.module)
+        if self.plan.callbacks:
+            self.stepper.expect_change()
+        if sum(callback(event) is True for callback in self.plan.callbacks):
+            result.stopped_by = "callback"
+        elif (
+            self.plan.patience is not None and place.epochs - (result.best_epoch or place.epochs) >= self.plan.patience
+        ):
+            result.stopped_by = "patience"
+        self._log(record)
+        if self.checkpoints is not None and result.best_epoch == place.epochs:
+            self.checkpoints.write_best(self._contents())
+
+    def _validate(self) -> float:
+        """Return the bound per row of held-out data under fixed noise, and keep the best state."""
+        total, rows = 0.0, 0
+        self.module.eval()
+        with torch.no_grad(), seeded(0), pyro.validation_enabled(False):
+            for batch in self.validation.batches() if self.validation else ():
+                args, kwargs = self.stepper.fabric.to_device(batch)
+                bound = self.module.held_out_bound(*args, **kwargs)
+                total, rows = total + float(bound) * batch.rows, rows + batch.rows
+        value = total / rows
+        if self.result.best_epoch is None or value > self._place.best_bound:
+            self._place.best_bound = value if value == value else float("-inf")
+            self.result.best_epoch = self._place.epochs
+            if self.plan.patience is not None:
+                self._best_state = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
+        return value
+
+    def _restore_best(self) -> None:
+        if self._best_state is not None:
+            self.module.load_state_dict(self._best_state)
+
+    def _step_schedule(self, record: dict[str, float]) -> None:
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(-record.get("validation_bound", record["bound"]))
+        elif self.schedule is not None:
+            self.schedule.step()
+
+    @property
+    def _can_enter_anywhere(self) -> bool:
+        """Whether any place in an epoch can be found again: where the order is drawn here; a stream goes on with what it gives."""
+        return self.source.can_skip or self.source.num_rows is None
+
+    @property
+    def _can_enter(self) -> bool:
+        """Whether the present place can be found again."""
+        return self._can_enter_anywhere or self._place.batches == 0
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless this place has one or can't be found again."""
+        if self.checkpoints is not None and self._can_enter and self._num_saved != self._num_batches:
+            self.checkpoints.write(self._num_batches, self._contents())
+            self._num_saved = self._num_batches
+
+    def _setting(self) -> dict[str, Any]:
+        """Return what must be the same for a fit to be continued."""
+        return {
+            "rows": self.source.num_rows,
+            "batch_size": self.source.batch_size,
+            "optimizer": self.stepper.optimizer_name,
+            "processes": self.stepper.fabric.world_size,
+        }
+
+    def _contents(self) -> Any:
+        """Return all that the fit needs to be continued from here."""
+        is_inside = self._place.batches > 0
+        state = {
+            "setting": self._setting(),
+            "place": asdict(self._place),
+            "order": self._order if is_inside else self._generator.get_state(),
+            "source": self.source.state(),
+            "random": random_state()._asdict(),
+            "stepper": self.stepper.state(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "history": self.result.history,
+            "best_epoch": self.result.best_epoch,
+            "best": self._best_state,
+            "stopped_by": self.result.stopped_by,
+        }
+        return collect(self.module, state)
+
+    def _load(self) -> None:
+        """Go to where the latest checkpoint was written, if there is one."""
+        found = None if self.checkpoints is None else self.checkpoints.read_latest()
+        if found is None:
+            return
+        path, contents = found
+        state = distribute(self.module, contents, path, self._setting())
+        self._place = _Place(**state["place"])
+        self._order = state["order"]
+        self._generator.set_state(self._order)
+        self.source.load_state(state["source"])
+        self.stepper.load_state(state["stepper"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.result.history, self.result.best_epoch = state["history"], state["best_epoch"]
+        self._best_state = state["best"]
+        if state["stopped_by"] in ("patience", "callback"):
+            self.result.stopped_by = state["stopped_by"]
+        self._num_saved = self._num_batches
+        restore_random_state(RandomState(**state["random"]))
+
+    def _finish(self) -> None:
+        """Count the steps, and publish ``pyro.param`` values."""
+        stepper, result = self.stepper, self.result
+        result.num_steps, result.num_skipped = stepper.num_steps, stepper.num_skipped
+        result.execution, result.seconds_to_compile = stepper.execution, stepper.staging.seconds
+        stepper.finish()
+        result.seconds_per_step = self._place.all_seconds / max(1, self._num_batches)
+        self.module.program.write_param_store()
+        for logger in self.plan.loggers:
+            logger.finalize("success")
+        if result.num_skipped:
+            warn_user(
+                f"{result.num_skipped} of {self._num_batches} steps were skipped because the loss or its gradient was not finite.",
+                AEVBWarning,
+            )
