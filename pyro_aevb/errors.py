@@ -17,6 +17,7 @@ __all__ = [
     "NonFiniteError",
     "ParameterError",
     "ParticleWarning",
+    "ProcessError",
     "SettingError",
     "StagingWarning",
     "UnreliableWarning",
@@ -73,6 +74,10 @@ class NonFiniteError(AEVBError, ArithmeticError):
 
 class FileError(AEVBError, ValueError):
     """A saved file is damaged, of another version, or belongs to another model."""
+
+
+class ProcessError(AEVBError, RuntimeError):
+    """Another process of a run has ended, or does not answer in time."""
 
 
 class AEVBWarning(UserWarning):

@@ -6,7 +6,7 @@ rows, then inner plates (outer first, axes of size 1 dropped), then the event. G
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -16,11 +16,15 @@ from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution, Values
 from pyro_aevb.errors import SettingError
 from pyro_aevb.program.batch import batch_rows, take_rows
 from pyro_aevb.program.particles import ParticleAxes, SiteRecord, as_draws
+from pyro_aevb.program.processes import Processes
 from pyro_aevb.program.quantiles import AtQuantile
 from pyro_aevb.program.rows import Rows, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
 from pyro_aevb.program.simulation import simulate_rows
 from pyro_aevb.program.structure import read_structure
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = ["embed", "posterior", "predict", "reconstruct", "simulate"]
 
@@ -33,6 +37,7 @@ def posterior(
     chunk_size: int | None = None,
     data_plate: str | None = "auto",
     seed: int | None = None,
+    fabric: "Fabric | None" = None,
     progress: bool = False,
     **covariates: Any,
 ) -> Values:
@@ -48,6 +53,8 @@ def posterior(
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None``.
         seed: Seed of the draws; the generators are left as they were. A seed reproduces draws under the same ``chunk_size``
             (and ``num_samples``, which chooses it by default); under another one the draws differ.
+        fabric: A ``lightning_fabric.Fabric`` whose processes divide the chunks among them. Each is given all rows and gets all
+            draws: those that one process would draw under that seed.
         progress: Whether to show a progress bar.
         **covariates: The batch's keyword arguments.
 
@@ -64,9 +71,10 @@ def posterior(
     check_count("num_samples", num_samples)
     check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, posterior)
-    with inferring(seed, model, guide):
-        draw = _Draws(Rows(model, guide, batch, covariates, data_plate), num_samples)
-        return draw.run(draw.latents, chunk_size, progress=progress)
+    processes = Processes(fabric)
+    with inferring(processes.agree_on_seed(seed), model, guide):
+        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, processes), num_samples)
+        return draw.run(draw.latents, chunk_size, progress=progress and processes.is_first)
 
 
 def predict(
@@ -77,6 +85,7 @@ def predict(
     chunk_size: int | None = None,
     data_plate: str | None = "auto",
     seed: int | None = None,
+    fabric: "Fabric | None" = None,
     progress: bool = False,
     **covariates: Any,
 ) -> Values:
@@ -90,13 +99,19 @@ def predict(
     check_count("num_samples", num_samples)
     check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, predict)
-    with inferring(seed, model, guide):
-        draw = _Draws(Rows(model, guide, batch, covariates, data_plate), num_samples)
-        return draw.run(draw.observations, chunk_size, progress=progress)
+    processes = Processes(fabric)
+    with inferring(processes.agree_on_seed(seed), model, guide):
+        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, processes), num_samples)
+        return draw.run(draw.observations, chunk_size, progress=progress and processes.is_first)
 
 
 def embed(
-    model: PyroProgram, guide: PyroProgram, *batch: Any, data_plate: str | None = "auto", **covariates: Any
+    model: PyroProgram,
+    guide: PyroProgram,
+    *batch: Any,
+    data_plate: str | None = "auto",
+    fabric: "Fabric | None" = None,
+    **covariates: Any,
 ) -> Values:
     """Return the median of each latent in the guide, each site given the medians of those before it.
 
@@ -109,12 +124,17 @@ def embed(
     """
     check_covariates(covariates, embed)
     with inferring(0, model, guide):
-        draw = _Draws(Rows(model, guide, batch, covariates, data_plate), 1)
+        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, Processes(fabric)), 1)
         return _without_draws(draw.run(draw.medians, None, progress=False))
 
 
 def reconstruct(
-    model: PyroProgram, guide: PyroProgram, *batch: Any, data_plate: str | None = "auto", **covariates: Any
+    model: PyroProgram,
+    guide: PyroProgram,
+    *batch: Any,
+    data_plate: str | None = "auto",
+    fabric: "Fabric | None" = None,
+    **covariates: Any,
 ) -> Values:
     """Return the mean of the likelihood at the embedding, E[x | z = median of q(z | x)].
 
@@ -123,7 +143,7 @@ def reconstruct(
     """
     check_covariates(covariates, reconstruct)
     with inferring(0, model, guide):
-        draw = _Draws(Rows(model, guide, batch, covariates, data_plate), 1)
+        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, Processes(fabric)), 1)
         return _without_draws(draw.run(draw.means, None, progress=False))
 
 
@@ -182,8 +202,9 @@ class _Draws:
     def run(
         self, read: Callable[[Args, Kwargs, ParticleAxes], list[SiteRecord]], chunk_size: int | None, *, progress: bool
     ) -> Values:
-        """Run every chunk and join local sites along the rows."""
+        """Run every chunk and join local sites along the rows, those of all processes."""
         axes = replace(self.program.axes(self.num_samples, 1), is_weighed=False)
+        total = self.rows.num_own(chunk_size, self.num_samples)
         draws: Values = {}
         done = 0
         for args, kwargs, count in self.rows.chunks(chunk_size, self.num_samples, progress=progress):
@@ -193,10 +214,18 @@ class _Draws:
                     draws.setdefault(site.name, part)
                     continue
                 if site.name not in draws:
-                    draws[site.name] = part.new_empty(len(part), self.rows.count or count, *part.shape[2:])
+                    draws[site.name] = part.new_empty(len(part), total, *part.shape[2:])
                 draws[site.name][:, done : done + count] = part[:, :count]
             done += count
-        return draws
+        return self._joined(self.rows.processes.gather([draws]))
+
+    def _joined(self, parts: list[Values]) -> Values:
+        """Join the draws of processes, of which those without a chunk have none; globals are the same in all."""
+        if len(parts) == 1:
+            return parts[0]
+        parts = [part for part in parts if part]
+        joined = {name: [part[name] for part in parts] for name in parts[0]}
+        return {name: torch.cat(every, 1) if self._has_rows(name) else every[0] for name, every in joined.items()}
 
     def _has_rows(self, name: str) -> bool:
         return self.structure.data_plate is not None and self.structure.sites[name].is_local

@@ -137,30 +137,45 @@ class GuideWeights:
         self.num_particles, self.num_samples = (
             (num_particles, num_samples) if self.has_globals else (1, num_particles * num_samples)
         )
-        self._log_global: list[Tensor] = []
-        self._values: list[Tensor] = []
 
     def run(self, label: str, chunk_size: int | None, *, progress: bool) -> LogMarginal:
         """Weigh every chunk, join the results and, with globals, weigh all rows together."""
         draws = self.num_particles * self.num_samples
         chunks = self.rows.chunks(chunk_size, draws, progress=progress)
-        result = concatenate([self._weigh(*chunk, label) for chunk in chunks])
+        own = [self._weigh(*chunk, label) for chunk in chunks]
+        parts = [part for part in self.rows.processes.gather(own) if part is not None]
+        result = concatenate([part.result for part in parts])
         if not self.has_globals:
             return result
-        values = torch.cat(self._values, 1)
+        values = torch.cat([part.values for part in parts], 1)
         # every chunk keeps the globals that the guide drew with the first one
-        joint = joint_evidence(self._log_global[0], values, result.standard_error, is_unbiased=True)
+        joint = joint_evidence(parts[0].log_global, values, result.standard_error, is_unbiased=True)
         return replace(result, joint=joint)
 
-    def _weigh(self, args: Args, kwargs: Kwargs, count: int, label: str) -> LogMarginal:
+    def _weigh(self, args: Args, kwargs: Kwargs, count: int, label: str) -> "_Weighed | None":
+        """Weigh one chunk; one of which no row counts is run for its globals alone."""
         program = self.rows.program
         axes = program.axes(self.num_particles, self.num_samples)
         guide = self.rows.sample_guide(args, kwargs, axes)
+        if count == 0:
+            return None
         model = program.score_model(args, kwargs, axes, {name: site.value for name, site in guide.items()})
         check_separable("evidence", model | guide, program.guide_sites)
         weights = program.terms(model, guide, axes).log_weights()
         local = weights.local[..., :count]
-        if self.has_globals:
-            self._log_global.append(weights.global_)
-            self._values.append(log_mean_exp(local.double(), 1))
-        return from_log_weights(local, label=label)
+        return _Weighed(from_log_weights(local, label=label), weights.global_, log_mean_exp(local.double(), 1))
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """What one chunk gave.
+
+    Attributes:
+        result: The rows' results.
+        log_global: log w_g of the draws of the globals.
+        values: log p(x | g) of each draw and row.
+    """
+
+    result: LogMarginal
+    log_global: Tensor
+    values: Tensor

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -19,8 +19,12 @@ from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.evidence.running import EstimatorRun, name_quantity
 from pyro_aevb.program.batch import as_tensors
 from pyro_aevb.program.compiling import Compile, check_compile
+from pyro_aevb.program.processes import Processes
 from pyro_aevb.program.rows import Rows, inferring
 from pyro_aevb.program.settings import NOTE, check_count, check_settings
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = ["METHODS", "find_method", "log_marginal", "make_estimator"]
 
@@ -49,6 +53,7 @@ def log_marginal(
     data_plate: str | None = "auto",
     compile: Compile = "auto",  # noqa: A002  torch's own word
     seed: int | None = None,
+    fabric: "Fabric | None" = None,
     progress: bool = True,
     **settings: Any,
 ) -> LogMarginal:
@@ -96,6 +101,8 @@ def log_marginal(
             nor, without a guide, on the rows after it, up to rounding; so it is where the prior draws by transforming as many
             random numbers for every row (not by rejection, as Gamma does). A guide draws for all rows at once: one row more or
             less changes its draws. ``"importance"`` from the guide draws anew for each chunk.
+        fabric: A ``lightning_fabric.Fabric`` whose processes divide the chunks among them. Each is given all rows and gets the
+            whole result: that of one process under that seed, to rounding.
         progress: Whether to show a progress bar.
         **settings: Settings of the estimator, and the batch's keyword arguments: tensors and arrays go to the model.
 
@@ -131,16 +138,19 @@ def log_marginal(
     check_count("chunk_size", chunk_size, is_optional=True)
     check_compile(compile)
     batch, covariates = as_tensors(batch, covariates)
-    with inferring(seed, *((model,) if guide is None else (model, guide))):
+    processes = Processes(fabric)
+    progress = progress and processes.is_first
+    with inferring(processes.agree_on_seed(seed), *((model,) if guide is None else (model, guide))):
         if isinstance(estimator, Importance) and estimator.proposal == "guide":
-            rows = Rows(model, require_guide(guide, method), batch, covariates, data_plate)
+            rows = Rows(model, require_guide(guide, method), batch, covariates, data_plate, processes)
             weights = GuideWeights(rows, num_global_samples, estimator.num_samples)
             label = name_quantity(rows.structure, num_global_samples)
             result = weights.run(label, chunk_size, progress=progress)
         else:
             run = EstimatorRun(model, guide, (batch, covariates), data_plate, num_global_samples, compile=compile)
-            result = run.estimate(estimator, chunk_size, progress=progress)
-    result.warn_if_unreliable()
+            result = run.estimate(estimator, chunk_size, progress=progress, processes=processes)
+    if processes.is_first:
+        result.warn_if_unreliable()
     return result
 
 

@@ -18,6 +18,7 @@ from pyro_aevb.mcmc.noise import RowNoise
 from pyro_aevb.program.compiling import Compile
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.particles import as_draws
+from pyro_aevb.program.processes import Processes
 from pyro_aevb.program.proposal import GuideDensity
 from pyro_aevb.program.rows import Rows
 from pyro_aevb.program.structure import Structure, read_structure
@@ -81,18 +82,29 @@ class EstimatorRun:
         indices = torch.arange(self.density.num_rows)
         self._noise = RowNoise(key, indices, dtype=self.density.dtype, device=self.density.device)
 
-    def estimate(self, estimator: Estimator, chunk_size: int | None, *, progress: bool) -> LogMarginal:
-        """Run an estimator on every chunk under every draw of the globals and join what it returns."""
-        size = self.density.chunk_rows or chunk_size or estimator.rows_at_once(self.density.dim)
-        given_each: list[list[LogMarginal]] = [[] for _ in self._conditioned]
-        with _row_bar(self.density.num_rows, progress=progress) as advance:
-            for rows, count in _chunks(self.density.num_rows, size, is_padded=self.density.chunk_rows is not None):
-                share = count / len(self._conditioned)
-                for number, results in enumerate(given_each):
-                    problem = self._problem(number, rows, _scaled(advance, share))
-                    results.append(estimator.estimate(problem).rows(slice(count)))
+    def estimate(
+        self,
+        estimator: Estimator,
+        chunk_size: int | None,
+        *,
+        progress: bool,
+        processes: Processes | None = None,
+    ) -> LogMarginal:
+        """Run an estimator on every chunk under every draw of the globals and join what it returns, in all processes."""
+        processes = processes or Processes(None)
+        num_rows, fixed = self.density.num_rows, self.density.chunk_rows
+        # a row's numbers are its own, so that chunks may be as small as leaves none without work
+        most = min(estimator.rows_at_once(self.density.dim), -(-num_rows // processes.count))
+        chunks = processes.own(list(_chunks(num_rows, fixed or chunk_size or most, is_padded=fixed is not None)))
+        results: list[list[LogMarginal]] = []
+        with _row_bar(sum(count for _, count in chunks), progress=progress) as advance:
+            for rows, count in chunks:
+                advance_part = _scaled(advance, count / len(self._conditioned))
+                problems = (self._problem(number, rows, advance_part) for number in range(len(self._conditioned)))
+                results.append([estimator.estimate(problem).rows(slice(count)) for problem in problems])
         _draw_key()  # the next run draws by another
-        return self._join([concatenate(results) for results in given_each])
+        gathered = processes.gather(results)
+        return self._join([concatenate(given) for given in zip(*gathered, strict=True)])
 
     def _problem(self, number: int, rows: Tensor, advance: Callable[[float], None]) -> Problem:
         """Return some rows under one draw of the globals."""

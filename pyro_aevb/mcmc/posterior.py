@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from numbers import Integral
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -27,9 +27,13 @@ from pyro_aevb.mcmc.starts import count_starts, draw_starts
 from pyro_aevb.program.compiling import Compile
 from pyro_aevb.program.density import LogDensity
 from pyro_aevb.program.model_rows import ModelRows
+from pyro_aevb.program.processes import Processes
 from pyro_aevb.program.proposal import GuideDensity
 from pyro_aevb.program.rows import CHUNK_DRAWS, inferring
 from pyro_aevb.program.settings import check_count, check_covariates, check_share
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = ["hmc_posterior", "sample_rows"]
 
@@ -56,6 +60,7 @@ def hmc_posterior(
     data_plate: str | None = "auto",
     compile: Compile = "auto",  # noqa: A002  torch's own word
     seed: int | None = None,
+    fabric: "Fabric | None" = None,
     progress: bool = True,
     **covariates: Any,
 ) -> PosteriorDraws:
@@ -93,6 +98,8 @@ def hmc_posterior(
             among its latents.
         compile: Whether densities are recorded and compiled, as of :class:`~pyro_aevb.LogDensity`.
         seed: Seed of the draws; the generators are left as they were.
+        fabric: A ``lightning_fabric.Fabric`` whose processes divide the rows among them. Each is given all rows and gets all
+            draws: those of one process under that seed, to rounding.
         progress: Whether to show a progress bar.
         **covariates: The batch's keyword arguments.
 
@@ -126,6 +133,8 @@ def hmc_posterior(
     )
     check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, hmc_posterior)
+    processes = Processes(fabric)
+    seed = processes.agree_on_seed(seed)
     with inferring(seed, model, *([] if guide is None else [guide])):
         density = LogDensity(model, *batch, data_plate=data_plate, given=given, compile=compile, **covariates)
         density.require_latents()
@@ -134,20 +143,15 @@ def hmc_posterior(
         key = int(torch.randint(2**31, ())) if seed is None else seed
         noise = RowNoise(key, torch.arange(density.num_rows), dtype=density.dtype, device=density.device)
         fixed = (density if proposal is None else proposal).chunk_rows
-        size = fixed or chunk_size or max(1, CHUNK_DRAWS // count_starts(num_chains))
-        num_steps = warmup_steps + num_samples
-        with _Bar(density.num_rows * num_steps, progress=progress) as bar:
-            chunks = []
-            for begin in range(0, density.num_rows, size):
-                rows = slice(begin, min(begin + size, density.num_rows))
-                part, guided = density.rows(rows), None if proposal is None else proposal.rows(rows)
-                chunks.append(_Chunk(part, guided, noise.rows(rows), bar.part(part.num_rows * num_steps)))
-            pairs = zip(chunks, _sample(chunks, settings), strict=True)
-            parts = [replace(draws, samples=_constrain(chunk.density, draws.unconstrained)) for chunk, draws in pairs]
+        most = min(CHUNK_DRAWS // count_starts(num_chains), -(-density.num_rows // processes.count))
+        size = fixed or chunk_size or max(1, most)
+        places = [slice(begin, min(begin + size, density.num_rows)) for begin in range(0, density.num_rows, size)]
+        parts = _sample_chunks(density, proposal, noise, processes.own(places), settings, processes, progress=progress)
     result = replace(concatenate(parts), seconds=time.perf_counter() - began)
     if density.structure is not None and density.structure.data_plate is None:
         result = replace(result, samples={name: value.squeeze(2) for name, value in result.samples.items()})
-    result.warn_if_unreliable()
+    if processes.is_first:
+        result.warn_if_unreliable()
     return result
 
 
@@ -221,12 +225,38 @@ class _Chunk(NamedTuple):
     advance: Advance
 
 
-def _sample(chunks: Sequence[_Chunk], settings: _Settings) -> Iterator[PosteriorDraws]:
+def _sample_chunks(
+    density: LogDensity,
+    guide: GuideDensity | None,
+    noise: RowNoise,
+    places: Sequence[slice],
+    settings: _Settings,
+    processes: Processes,
+    *,
+    progress: bool,
+) -> list[PosteriorDraws]:
+    """Draw this process's chunks of rows, and return those of all."""
+    num_steps = settings.warmup_steps + settings.num_samples
+    indices = [torch.arange(density.num_rows)[place] for place in places]
+    with _Bar(sum(map(len, indices)) * num_steps, progress=progress and processes.is_first) as bar:
+        chunks = []
+        for place, rows in zip(places, indices, strict=True):
+            guided = None if guide is None else guide.rows(place)
+            chunks.append(_Chunk(density.rows(place), guided, noise.rows(place), bar.part(len(rows) * num_steps)))
+        pairs = zip(chunks, _sample(chunks, settings, processes), strict=True)
+        own = [replace(draws, samples=_constrain(chunk.density, draws.unconstrained)) for chunk, draws in pairs]
+    return processes.gather(own)
+
+
+def _sample(
+    chunks: Sequence[_Chunk], settings: _Settings, processes: Processes | None = None
+) -> Iterator[PosteriorDraws]:
     """Warm up all chunks, so that what is learned for all rows is learned from all, then draw from one after the other."""
     warm = [_warm_up(chunk, settings) for chunk in chunks]
     num_leapfrog = settings.num_leapfrog
     if settings.trajectory == "chees":
         criteria = [_measure(chunk, one, settings) for chunk, one in zip(chunks, warm, strict=True)]
+        criteria = criteria if processes is None else processes.gather(criteria)
         num_leapfrog = choose_num_leapfrog(torch.cat(criteria, 1))
     for chunk, one in zip(chunks, warm, strict=True):
         yield _draw(chunk, one, settings, num_leapfrog)

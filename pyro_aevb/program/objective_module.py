@@ -1,6 +1,7 @@
 """Model, guide and objective as one module whose call is the loss."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pyro.infer import ELBO
@@ -10,7 +11,7 @@ from pyro_aevb._types import Args, Kwargs, PyroProgram
 from pyro_aevb.errors import ParameterError
 from pyro_aevb.program.batch import batch_rows
 from pyro_aevb.program.parameters import Program
-from pyro_aevb.program.scaling import DataPlateScale
+from pyro_aevb.program.scaling import DataPlateScale, Shard
 from pyro_aevb.program.structure import Structure, read_structure
 
 __all__ = ["ObjectiveModule"]
@@ -44,6 +45,7 @@ class ObjectiveModule(nn.Module):
         self.objective_state = getattr(objective, "state", nn.Module())
         self.num_data = num_data
         self.data_plate = data_plate
+        self.shard: Shard | None = None
         self.structure: Structure | None = None
         self.example: tuple[Args, Kwargs] | None = None
 
@@ -74,16 +76,33 @@ class ObjectiveModule(nn.Module):
     def loss_and_bound(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the loss on a batch and the bound in nats per row, detached.
 
-        For Pyro's own losses, which give no bound per row, that is minus the loss over the rows that it stands for.
+        For Pyro's own losses, which give no bound per row, that is minus the loss over the rows that it stands for. In a batch
+        that processes share (:meth:`sharing`), the mean of both over the processes is the loss and the bound of the whole batch.
         """
         evaluate = getattr(self.objective, "evaluate", None)
         with self.running():
             if evaluate is None:
                 loss = self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
-                return loss, -loss.detach() / (self.num_data or self._rows(args, kwargs))
+                rows = self._rows(args, kwargs) if self.shard is None else self.shard.batch_rows
+                return loss, -loss.detach() / (self.num_data or rows)
             loss, bounds = evaluate(self.model, self.guide, *args, **kwargs)
         rows = bounds.local.shape[0]
-        return loss, bounds.total / (bounds.scale * max(rows, 1))
+        share = 1.0 if self.shard is None else self.shard.share
+        return loss, bounds.total * share / (bounds.scale * max(rows, 1))
+
+    @contextmanager
+    def sharing(self, shard: Shard | None) -> Iterator[None]:
+        """Take the batches of a block as this process's part of batches that several share; ``None`` for batches of its own."""
+        self.shard = shard
+        try:
+            yield
+        finally:
+            self.shard = None
+
+    @property
+    def scaling(self) -> tuple[int | None, Shard | None]:
+        """What the scale of rows depends on beside the batch; a recorded graph holds it."""
+        return self.num_data, self.shard
 
     def held_out_bound(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the bound of rows that are not trained on, in nats per row.
@@ -107,7 +126,7 @@ class ObjectiveModule(nn.Module):
     def running(self) -> Any:
         """Run model and guide with this module's parameters and scale."""
         plate = self.structure.data_plate if self.structure else None
-        return self.program.running(DataPlateScale(plate, self.num_data))
+        return self.program.running(DataPlateScale(plate, self.num_data, self.shard))
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield every parameter.

@@ -16,6 +16,7 @@ from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.rows import check_finite, located
 from pyro_aevb.program.structure import Structure
 from pyro_aevb.training.data import Batch, BatchSource
+from pyro_aevb.training.sharding import ShardedSource
 
 __all__ = ["build", "prepare"]
 
@@ -101,10 +102,12 @@ def _check_rows_of_guide(module: ObjectiveModule, structure: Structure, source: 
     """Refuse batches for a guide with parameters of each row: they would belong to another row at every step."""
     local = {site.name for site in structure.select("latent", is_local=True)}
     sites = sorted(local & _sites_per_row(getattr(module.guide, "__self__", module.guide), structure))
-    if sites and (source.whole() is None or source.num_batches() != 1):
+    is_shared = isinstance(source, ShardedSource)
+    if sites and (is_shared or source.whole() is None or source.num_batches() != 1):
         raise GuideError(
             f"Pyro's automatic guide holds parameters of each row for sites {sites}, which batches would mix up. Give all rows at "
-            f"each step (a tensor, batch_size={source.num_rows}), or use a guide that computes them from the row.",
+            f"each step (a tensor, batch_size={source.num_rows}){' in one process' if is_shared else ''}, or use a guide that "
+            f"computes them from the row.",
             site=sites[0],
         )
 

@@ -42,19 +42,19 @@ class StagedLoss(nn.Module):
         self.module = module
         self.compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
         self.signature: tuple[Any, ...] = ()
-        self._taken_for_granted: tuple[Unchanged, int | None] | None = None
+        self._taken_for_granted: tuple[Unchanged, Any] | None = None
 
     def take_for_granted(self) -> None:
         """Keep what a graph that was just recorded takes for granted."""
-        self._taken_for_granted = Unchanged([self.module]), self.module.num_data
+        self._taken_for_granted = Unchanged([self.module]), self.module.scaling
 
     @property
     def holds(self) -> bool:
         """Whether modules and number of rows are still those that a graph was recorded with."""
         if self._taken_for_granted is None:
             return False
-        unchanged, num_data = self._taken_for_granted
-        return num_data == self.module.num_data and unchanged.holds
+        unchanged, scaling = self._taken_for_granted
+        return scaling == self.module.scaling and unchanged.holds
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether a batch has the shapes that the compiled run is for."""

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from pyro_aevb.errors import NonFiniteError, ParameterError
+from pyro_aevb.errors import NonFiniteError, ParameterError, SettingError
 from pyro_aevb.program.batch import explained
 from pyro_aevb.program.importance import find_non_finite
 from pyro_aevb.program.objective_module import ObjectiveModule
+from pyro_aevb.program.processes import Processes
 from pyro_aevb.training.data import Batch
+from pyro_aevb.training.sharding import ShardedBatch
 from pyro_aevb.training.staged import StagedLoss, Staging
 from pyro_aevb.training.whole_step import WholeStep
 
@@ -37,6 +39,9 @@ class Stepper:
 
     Attributes:
         check_every: Steps after which a recorded run is compared with an eager one again.
+        processes: The processes that step together: parameters are the same in all of them after each step.
+        wants_stop: Tells whether this process wants to stop.
+        must_stop: Whether any process wanted to at the last step: the same in all of them.
 
     Raises:
         ParameterError: If there is nothing to train.
@@ -61,10 +66,14 @@ class Stepper:
         self.module = module
         self.buffers = list(module.buffers())
         self.fabric = fabric or _default_fabric(self.parameters[0].device)
+        self.processes = Processes(self.fabric)
+        self.wants_stop: Callable[[], bool] = lambda: False
+        self.must_stop = False
         self.optimizer: Optimizer
         self.loss = StagedLoss(module)
         plain = optimizer(self.parameters)
-        self.wrapped, self.optimizer = self.fabric.setup(self.loss, plain)
+        with self.processes.watching():
+            self.wrapped, self.optimizer = self.fabric.setup(self.loss, plain)
         self.check_every = 100
         self.clip_norm = clip_norm
         self.max_skipped = max_skipped
@@ -83,13 +92,19 @@ class Stepper:
     def step(self, batch: Batch) -> float:
         """Take one step and return the bound in nats per row; NaN if the step was skipped.
 
+        Of a batch that processes share, each gives its own part, and the bound is that of the whole batch.
+
         Raises:
             NonFiniteError: If too many steps in a row were skipped; parameters are those of the last good step.
         """
         objective = self.module.objective
         if hasattr(objective, "set_step"):
             objective.set_step(self.num_steps)
-        batch = self._on_device(batch)
+        with self.module.sharing(batch.shard if isinstance(batch, ShardedBatch) else None):
+            return self._step(self._on_device(batch))
+
+    def _step(self, batch: Batch) -> float:
+        """Stage and check where it is time to, take a step, and count it."""
         if self.staging.is_pending:
             self._whole = self.staging.stage(self.loss, self._plain, batch, self.clip_norm)
             # a learning-rate schedule looks for this, and warns that it came before the first step
@@ -98,6 +113,8 @@ class Stepper:
         if self._num_unchecked > self.check_every:
             self._check(batch)
         bound = self._whole_step(batch) if self._whole is not None else self._parted_step(batch)
+        if self.processes.count == 1:
+            self.must_stop = self.wants_stop()
         if bound is None:
             self._skip(batch)
             return float("nan")
@@ -131,12 +148,14 @@ class Stepper:
     def _parted_step(self, batch: Batch) -> float | None:
         """Take loss, gradient and the optimizer's step one after the other; return the bound, ``None`` if it was skipped."""
         buffers = [buffer.clone() for buffer in self.buffers]
-        with explained("program", batch.args, batch.kwargs):
+        with explained("program", batch.args, batch.kwargs), self.processes.watching():
             loss, bound = self.wrapped(*batch.args, **batch.kwargs)
         self.optimizer.zero_grad()
-        is_finite = bool(torch.isfinite(loss))
+        is_finite, bound = self._agree(loss, bound)
         if is_finite:
-            self.fabric.backward(loss)
+            with self.processes.watching():
+                self.fabric.backward(loss)
+            self._check_reduced()
             is_finite = self._clip()
         if not is_finite:
             with torch.no_grad():
@@ -145,6 +164,26 @@ class Stepper:
             return None
         self.optimizer.step()
         return float(bound)
+
+    def _agree(self, loss: Tensor, bound: Tensor) -> tuple[bool, Tensor | float]:
+        """Tell whether the losses of all processes are finite, and their mean bound; ask whether any wants to stop."""
+        is_finite, count = bool(torch.isfinite(loss)), self.processes.count
+        if count == 1:
+            return is_finite, bound
+        num_bad, total, num_stopping = self.processes.total(not is_finite, float(bound), self.wants_stop())
+        self.must_stop = num_stopping > 0
+        return num_bad == 0, total / count
+
+    def _check_reduced(self) -> None:
+        """Refuse parameters without a gradient, whose processes wait for each other in vain or go apart."""
+        reducer = getattr(self.wrapped, "_forward_module", None)
+        if getattr(reducer, "find_unused_parameters", True) or all(item.grad is not None for item in self.parameters):
+            return
+        names = [name for name, item in self.module.named_parameters() if item.requires_grad and item.grad is None]
+        raise SettingError(
+            f"Parameters {names[:5]} have no gradient, and processes wait for those of all parameters. Remove or freeze them "
+            f"(requires_grad_(False)), or use Fabric(strategy='ddp_find_unused_parameters_true')."
+        )
 
     @property
     def execution(self) -> str:
@@ -206,6 +245,8 @@ class Stepper:
             if found
             else "Every density is finite, so it is the gradient that is not: look for sqrt or log of 0."
         )
+        if not found and self.processes.count > 1:
+            what = "Every density of this process's rows is finite: see the other processes' errors, or the gradient is not."
         raise NonFiniteError(
             f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is NaN or infinite. {what} The parameters are "
             f"those of the last good step.",

@@ -1,0 +1,158 @@
+"""The processes that a program runs in: what they share, what each has for itself, and what happens when one of them ends.
+
+All talk goes through Lightning Fabric and ``torch.distributed``. What is called here has to be called by all of them, in one order.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pyro_aevb.errors import ProcessError
+from pyro_aevb.randomness import check_seed
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["Processes", "fork_seed", "launched"]
+
+T = TypeVar("T")
+
+_LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "connection refused", "nccl", "gloo")
+"""What backends say when another process does not answer, in lower case."""
+_STRIDE = 0x9E3779B97F4A7C15
+"""The golden ratio in 64 bits, as in SplitMix (Steele et al. 2014)."""
+
+
+def fork_seed(seed: int, number: int) -> int:
+    """Return a seed of torch's own for one of several parts of what is drawn under a seed."""
+    return (seed + number * _STRIDE) % 2**63
+
+
+def launched(fabric: "Fabric | None") -> "Fabric | None":
+    """Start the processes of a Fabric that has not started them yet, as ``fabric.launch()`` does."""
+    if fabric is not None and fabric.world_size > 1 and not fabric._launched:
+        fabric.launch()
+    return fabric
+
+
+class Processes:
+    """The processes of a Fabric, as seen from one of them; without a Fabric there is one.
+
+    Args:
+        fabric: A Fabric; its processes are started if they are not yet.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        count: How many there are.
+
+    Example:
+        >>> processes = Processes(None)
+        >>> processes.count, processes.is_first, processes.gather(["a", "b"])
+        (1, True, ['a', 'b'])
+    """
+
+    def __init__(self, fabric: "Fabric | None") -> None:
+        self.fabric = launched(fabric)
+        self.rank = 0 if fabric is None else fabric.global_rank
+        self.count = 1 if fabric is None else fabric.world_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def agree_on_seed(self, seed: int | None) -> int | None:
+        """Return one seed for all processes: the given one, else a number that the first draws.
+
+        Raises:
+            SettingError: If it is no seed.
+        """
+        check_seed(seed)
+        if self.count == 1 or seed is not None:
+            return seed
+        return self._broadcast(int(torch.randint(2**31, ())))
+
+    def draw_apart(self) -> None:
+        """Let each process draw its own numbers from here on: those of a seed that the first draws, and of the rank."""
+        if self.count > 1:
+            torch.manual_seed(fork_seed(self._broadcast(int(torch.randint(2**62, ()))), self.rank + 1))
+
+    def _broadcast(self, value: T) -> T:
+        fabric: Any = self.fabric
+        with self.watching():
+            return fabric.broadcast(value)
+
+    def total(self, *numbers: float | int) -> list[Any]:
+        """Return sums over all processes, in float64."""
+        if self.count == 1:
+            return list(numbers)
+        fabric: Any = self.fabric
+        is_apple = fabric.device.type == "mps"  # which has no float64
+        sums = torch.tensor(numbers, dtype=torch.float32 if is_apple else torch.float64, device=fabric.device)
+        with self.watching():
+            return fabric.all_reduce(sums, reduce_op="sum").tolist()
+
+    def any(self, *, is_true: bool) -> bool:
+        """Tell whether something is true of any process."""
+        return self.total(float(is_true))[0] > 0
+
+    def own(self, items: Sequence[T]) -> Sequence[T]:
+        """Return this process's run of items; the runs of all, in the order of ranks, are the items."""
+        start, stop = self.bounds(len(items))
+        return items[start:stop]
+
+    def bounds(self, count: int) -> tuple[int, int]:
+        """Return where this process's part of so many items begins and ends: parts differ by one at most, longer ones first."""
+        size, longer = divmod(count, self.count)
+        start = self.rank * size + min(self.rank, longer)
+        return start, start + size + (self.rank < longer)
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """Return the items of all processes, in the order of ranks, on each of them; tensors come to this process's device."""
+        if self.count == 1:
+            return list(items)
+        fabric: Any = self.fabric
+        every: list[Any] = [None] * self.count
+        with self.watching():
+            # on the host, since a tensor on a GPU would be unpacked on the sender's
+            torch.distributed.all_gather_object(
+                every, _mapped(list(items), lambda tensor: tensor.detach().cpu().clone())
+            )
+        return _mapped([item for part in every for item in part], lambda tensor: tensor.to(fabric.device))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Turn what a backend says when another process is gone into an error that says so.
+
+        Raises:
+            ProcessError: If one is.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error)
+            is_lost = isinstance(error, torch.distributed.DistError) or any(word in text.lower() for word in _LOST)
+            if self.count == 1 or not is_lost:
+                raise
+            raise ProcessError(
+                f"Process {self.rank} of {self.count} waited for another that has ended, or did not answer within the process "
+                f"group's timeout: {text.splitlines()[0][:300]}. Look at the other processes' errors, start all again, and "
+                f"continue from a checkpoint."
+            ) from error
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change every tensor in a value; a copy of a part of a tensor is packed without the rest."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _mapped(item, change) for name, item in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_mapped(item, change) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{entry.name: _mapped(getattr(value, entry.name), change) for entry in fields(value)})
+    return value
