@@ -12,6 +12,7 @@ from pyro_aevb._types import PyroProgram
 from pyro_aevb.errors import SettingError
 from pyro_aevb.program.compiling import Compile, check_compile
 from pyro_aevb.program.objective_module import ObjectiveModule
+from pyro_aevb.program.processes import Processes
 from pyro_aevb.program.settings import check_count, check_settings
 from pyro_aevb.randomness import seeded
 from pyro_aevb.training.checkpoint import Checkpoints
@@ -20,6 +21,7 @@ from pyro_aevb.training.epochs import Epochs, Plan
 from pyro_aevb.training.loggers import LoggerSetting, find_loggers
 from pyro_aevb.training.preparation import prepare
 from pyro_aevb.training.result import EpochEnd, FitResult
+from pyro_aevb.training.sharding import share
 from pyro_aevb.training.staged import Staging
 from pyro_aevb.training.stepper import OptimizerMaker, Stepper, default_optimizer
 
@@ -116,7 +118,7 @@ def fit_module(
         module: Model, guide and objective.
         data: As in :func:`fit`.
         num_epochs: Passes over the data.
-        batch_size: Rows in a batch, at most 100 by default.
+        batch_size: Rows in a batch of each process, at most 100 by default.
         optimizer: A callable of the parameters that returns a torch optimizer; by default fused Adam.
         learning_rate: Of the default optimizer, 1e-3 by default.
         schedule: A callable of the optimizer that returns a learning-rate scheduler, stepped after each epoch;
@@ -126,8 +128,9 @@ def fit_module(
             without the globals' part.
         patience: Epochs without a better validation bound after which the fit stops; the best state is restored then.
         seed: Seed of everything random in the fit; the generators are left as they were. One seed gives the same parameters bit
-            for bit on one machine with one number of threads.
-        fabric: A ``lightning_fabric.Fabric`` for devices and processes; by default the device of the parameters.
+            for bit on one machine with one number of threads (and of processes).
+        fabric: A ``lightning_fabric.Fabric`` for devices and processes; by default the device of the parameters. With several
+            processes each is given all data, and takes its part of every batch (:mod:`pyro_aevb.training.sharding`).
         compile: Whether to record and compile the training step for batches of the first one's shapes: ``True``, ``False``, or
             ``"auto"`` where the steps ahead repay it. With torch's Adam on one process that is loss, gradient and update in one
             graph, else loss and gradient. The numbers are those of eager steps under one seed, to rounding; where they are not,
@@ -158,6 +161,7 @@ def fit_module(
             model; or if the folder holds checkpoints and ``resume`` is not set.
         SystemExit: With status 143 after SIGTERM, if there are checkpoints and the process has no handler of its own.
         NonFiniteError: If too many steps in a row were skipped; parameters are those of the last good step.
+        ProcessError: If another process has ended, or does not answer within the process group's timeout.
     """
     _check_objective(module.objective)
     check_count("num_epochs", num_epochs)
@@ -166,8 +170,9 @@ def fit_module(
     check_compile(compile)
     checkpoints = None if checkpoint is None else Checkpoints(checkpoint, keep=keep, resume=resume)
     loggers = find_loggers(logger, checkpoint or "logs")
-    source = as_source(data, batch_size)
-    with seeded(seed):
+    processes = Processes(fabric)
+    source = share(as_source(data, batch_size), processes)
+    with seeded(processes.agree_on_seed(seed)):
         source = prepare(module, source, batch_size)
         make = optimizer or default_optimizer(learning_rate or 1e-3)
         steps = source.num_batches()
@@ -176,6 +181,7 @@ def fit_module(
         plan = Plan(num_epochs, patience, callbacks, progress, every, [*stepper.fabric.loggers, *loggers])
         epochs = Epochs(module, stepper, source, plan, _held_out(module, validation), checkpoints)
         epochs.schedule = schedule(stepper.optimizer) if schedule else None
+        processes.draw_apart()
         return epochs.run()
 
 
