@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pyro_aevb.evidence.bdmc import BDMCResult, bdmc
     from pyro_aevb.evidence.marginal import log_marginal
     from pyro_aevb.evidence.result import LogMarginal
-    from pyro_aevb.export import to_arviz
+    from pyro_aevb.export import export_posterior, to_arviz
     from pyro_aevb.guides.encoders import ConvEncoder, MLPEncoder, SequenceEncoder, SetEncoder
     from pyro_aevb.guides.flow import AutoAmortizedFlow
     from pyro_aevb.guides.normal import AutoAmortizedMultivariateNormal, AutoAmortizedNormal
@@ -91,6 +91,7 @@ __all__ = [
     "collapse_report",
     "compare_posteriors",
     "embed",
+    "export_posterior",
     "fit",
     "gradient_report",
     "hmc_posterior",
@@ -153,6 +154,7 @@ _HOMES = {
     "collapse_report": "diagnostics.collapse",
     "compare_posteriors": "diagnostics.comparison",
     "embed": "prediction",
+    "export_posterior": "export",
     "fit": "training.loop",
     "gradient_report": "diagnostics.gradients",
     "hmc_posterior": "mcmc.posterior",

@@ -1,19 +1,27 @@
-"""Posterior draws for ArviZ: its tables, plots and comparisons take them from here."""
+"""Posterior draws for ArviZ: its tables, plots and comparisons take them from here, or from a file."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_aevb._types import PyroProgram
 from pyro_aevb.arviz_arrays import from_arrays
+from pyro_aevb.arviz_file import ArraysFile, new_file
 from pyro_aevb.diagnostics.predictive_result import PredictiveCheck
-from pyro_aevb.errors import DataError
+from pyro_aevb.errors import DataError, SettingError
 from pyro_aevb.mcmc.draws import PosteriorDraws
+from pyro_aevb.program.batch import as_tensors
+from pyro_aevb.program.particles import as_draws
+from pyro_aevb.program.rows import Rows, inferring
+from pyro_aevb.program.settings import check_count, check_covariates
 
-__all__ = ["to_arviz"]
+__all__ = ["export_posterior", "to_arviz"]
 
 Arrays: TypeAlias = dict[str, np.ndarray]
 BySite: TypeAlias = Mapping[str, Tensor | np.ndarray]
@@ -108,8 +116,102 @@ def to_arviz(
         group: {name: _axes(group, name, array, num_rows) for name, array in arrays.items()}
         for group, arrays in groups.items()
     }
-    attributes = {"inference_library": "pyro_aevb", "inference_library_version": version("pyro_aevb")}
-    return from_arrays(groups, dims, attributes)
+    return from_arrays(groups, dims, _attributes())
+
+
+def export_posterior(
+    model: PyroProgram,
+    guide: PyroProgram,
+    *batch: Any,
+    path: str | Path,
+    num_samples: int = 100,
+    chunk_size: int | None = None,
+    data_plate: str | None = "auto",
+    seed: int | None = None,
+    progress: bool = False,
+    **covariates: Any,
+) -> Path:
+    """Draw the latents of all rows from the guide and write them to a netCDF file, chunk by chunk.
+
+    Memory holds the draws of one chunk, and rows may come from a memory map, so that neither data nor draws need to fit. The file
+    has the group ``posterior`` of one chain, as :func:`to_arviz` makes it of ``posterior(...)``; ``arviz.from_netcdf(path)`` reads
+    it, under ArviZ 0.x and 1.x, and ``xarray.open_dataset(path, group="posterior")`` without loading it. It is there once it is
+    whole.
+
+    Args:
+        model: The model.
+        guide: The guide, trained.
+        *batch: Rows, tensors or numpy arrays (``numpy.memmap``), as positional arguments of the model.
+        path: The file; one that is there is replaced at the end.
+        num_samples: Draws of each row.
+        chunk_size: Rows run at once; by default so many that some 50,000 draws are in memory.
+        data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None``.
+        seed: Seed of the draws; the generators are left as they were. Draws are those of :func:`~pyro_aevb.posterior` with
+            that ``num_samples`` and ``chunk_size``.
+        progress: Whether to show a progress bar.
+        **covariates: The batch's keyword arguments.
+
+    Returns:
+        The path.
+
+    Raises:
+        SettingError: If a setting is out of range or unknown, or a site's name holds a slash, which separates groups there.
+        DataError: If there are no rows, or NaN reaches a density.
+        ModelError: If the model is not supported or fails on the batch.
+        GuideError: If the guide does not fit the model.
+        FileError: If the file can't be written; one that was there is as it was.
+
+    Example:
+        >>> import tempfile, xarray
+        >>> from pyro_aevb import export_posterior
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = export_posterior(model, guide, torch.zeros(1000), path=f"{folder}/draws.nc", num_samples=5, chunk_size=300)
+        ...     xarray.open_dataset(path, group="posterior")["z"].shape
+        (1, 5, 1000)
+    """
+    check_count("num_samples", num_samples)
+    check_count("chunk_size", chunk_size, is_optional=True)
+    check_covariates(covariates, export_posterior)
+    batch, covariates = as_tensors(batch, covariates)
+    with inferring(seed, model, guide):
+        rows = Rows(model, guide, batch, covariates, data_plate)
+        names = rows.program.names
+        if separated := sorted(name for name in names if "/" in name):
+            raise SettingError(
+                f"Sites {separated} have a slash in their names, which separates groups in a file: rename them."
+            )
+        axes = replace(rows.program.axes(num_samples, 1), is_weighed=False)
+        done = 0
+        with new_file(path, _attributes()) as file:
+            for args, kwargs, count in rows.chunks(chunk_size, num_samples, progress=progress):
+                records = rows.sample_guide(args, kwargs, axes)
+                draws = {name: as_draws(site, rows.structure) for name, site in records.items() if name in names}
+                _write_draws(file, rows, draws, slice(done, done + count))
+                done += count
+    return Path(path)
+
+
+def _write_draws(file: ArraysFile, rows: Rows, draws: BySite, part: slice) -> None:
+    """Write one chunk's draws; those of globals, which are the same in every chunk, with the first."""
+    for name, array in _one_chain("posterior", draws).items():
+        if rows.count is not None and rows.structure.sites[name].is_local:
+            array = array[:, :, : part.stop - part.start]  # without the rows that pad a chunk
+            file.write(
+                "posterior", name, array, _axes("posterior", name, array, array.shape[2]), ("row", part, rows.count)
+            )
+        elif part.start == 0:
+            file.write("posterior", name, array, _axes("posterior", name, array, None))
+
+
+def _attributes() -> dict[str, str]:
+    return {"inference_library": "pyro_aevb", "inference_library_version": version("pyro_aevb")}
 
 
 def _arrays(group: str, values: Any) -> Arrays:

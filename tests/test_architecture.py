@@ -38,13 +38,14 @@ SAMPLERS = frozenset(
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"_types"}),
-    frozenset({"weights", "status", "canvas", "randomness", "distributions", "arviz_arrays"}),
+    frozenset({"weights", "status", "canvas", "randomness", "distributions", "arviz_arrays", "arviz_file"}),
     frozenset({"guides.encoders", *SAMPLERS}),
     frozenset({"program"}),
     frozenset({"guides", "objectives", "mcmc"}),
     frozenset({"training", "evidence"}),
     frozenset({"diagnostics", "imputation", "prediction", "plots", "evidence_plots"}),
-    frozenset({"aevb", "export"}),
+    frozenset({"export"}),
+    frozenset({"aevb"}),
     frozenset({"__init__"}),
     frozenset({"demo"}),
     frozenset({"__main__"}),
@@ -66,13 +67,14 @@ WITHOUT_PYRO = frozenset(
         *SAMPLERS,
         "datasets",
         "arviz_arrays",
+        "arviz_file",
     }
 )
 FRONTS = frozenset({"__init__", "__main__"})
 """May import the package's own modules inside a function, so that ``--help`` answers at once."""
 
 SLOW = frozenset({"arviz", "lightning", "lightning_fabric", "matplotlib", "sklearn"})
-LAZY = SLOW | {"pandas", "pooch", "xarray", "zuko"}
+LAZY = SLOW | {"h5netcdf", "pandas", "pooch", "xarray", "zuko"}
 DRAWERS = frozenset({"common", "core", "helper", "helpers", "misc", "util", "utils"})
 MACHINE_PATH = re.compile(r"(?<![\w.:/~!])/(home|root|tmp|mnt|opt|srv|usr|var|work|workspace|Users)/\w")
 

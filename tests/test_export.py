@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_aevb import LogDensity, PredictiveCheck, predictive_check
+from pyro_aevb import LogDensity, PredictiveCheck, export_posterior, posterior, predictive_check
 from pyro_aevb.arviz_arrays import from_arrays
 from pyro_aevb.errors import DataError
 from pyro_aevb.export import to_arviz
 from pyro_aevb.mcmc.convergence import bulk_ess
 from pyro_aevb.mcmc.draws import PosteriorDraws, assess
+from pyro_aevb.testing import NormalNormal
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -350,7 +351,17 @@ def python_with_arviz_1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = subprocess.run([str(python), "-m", "venv", str(folder)], capture_output=True, text=True, check=False)
     if made.returncode:
         pytest.skip(f"python3.12 makes no environment: {made.stderr.strip()[:100]}")
-    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "arviz>=1,<2", "matplotlib"]
+    install = [
+        str(folder / "bin" / "python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "arviz>=1,<2",
+        "matplotlib",
+        "h5netcdf",
+        "h5py",
+    ]
     found = subprocess.run(install, capture_output=True, text=True, check=False, timeout=300)
     if found.returncode:
         pytest.skip(f"ArviZ 1.x can't be installed: {found.stderr.strip()[-100:]}")
@@ -378,3 +389,21 @@ def test_arrays_are_a_data_tree_under_arviz_1(python_with_arviz_1: Path) -> None
     assert set(found["pictures"].values()) == {"PlotMatrix", "PlotCollection"}
     assert found["loo"] < 4.5
     assert found["k_hat"] < 0.6
+
+
+@pytest.mark.slow
+def test_a_file_of_draws_is_read_by_arviz_1(python_with_arviz_1: Path, tmp_path: Path) -> None:
+    exact, x = NormalNormal.fixture()
+    settings = {"num_samples": 50, "seed": 0, "chunk_size": 3}
+    path = export_posterior(exact.model, exact.guide, x, path=tmp_path / "draws.nc", **settings)
+    script = (
+        "import json, sys, arviz as az; data = az.from_netcdf(sys.argv[1]); z = data['posterior']['z']; "
+        "print(json.dumps([type(data).__name__, list(z.dims), z.values[0].tolist(), list(az.summary(data).index)]))"
+    )
+    command = [str(python_with_arviz_1), "-c", script, str(path)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    kind, dims, draws, names = json.loads(answer.stdout.splitlines()[-1])
+    assert (kind, dims) == ("DataTree", ["chain", "draw", "row"])
+    np.testing.assert_array_equal(draws, posterior(exact.model, exact.guide, x, **settings)["z"])
+    assert sorted(names) == sorted(["g", *(f"z[{row}]" for row in range(8))])
