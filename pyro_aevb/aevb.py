@@ -26,12 +26,12 @@ from pyro_aevb.objectives.wake_sleep import ReweightedWakeSleep, WakeSleep
 from pyro_aevb.prediction import embed, posterior, predict, reconstruct, simulate
 from pyro_aevb.program.compiling import Compile, check_compile
 from pyro_aevb.program.objective_module import ObjectiveModule
-from pyro_aevb.program.settings import check_covariates, check_settings
+from pyro_aevb.program.settings import NumData, check_covariates, check_num_data, check_positive, check_settings
 from pyro_aevb.randomness import seeded
-from pyro_aevb.training.data import Batch, as_batch
+from pyro_aevb.training.batches import Batch, as_batch, check_batch
 from pyro_aevb.training.files import read_file, write_file
 from pyro_aevb.training.loop import FitResult, fit_module
-from pyro_aevb.training.preparation import build
+from pyro_aevb.training.preparation import build, check_size
 from pyro_aevb.training.saving import describe, describe_program, restore
 from pyro_aevb.training.staged import Staging
 from pyro_aevb.training.stepper import Stepper, default_optimizer
@@ -56,7 +56,9 @@ class AEVB:
             :class:`~pyro_aevb.WakeSleep`, :class:`~pyro_aevb.ReweightedWakeSleep` or a loss of Pyro's are others.
         data_plate: Name of the plate whose indices are rows; ``"auto"`` for the plate called "data", else the only outermost
             plate of the batch's rows; ``None`` for a model without rows.
-        num_data: Rows of the whole data set; by default those that ``fit`` gets.
+        num_data: Rows of the whole data set; by default those that ``fit`` gets. ``"growing"`` for the rows seen so far: those
+            given to ``fit``, and to each ``partial_fit`` after it.
+        effective_num_data: In place of ``num_data``, for data that drift: how many recent rows the globals should know.
         compile: Whether programs are recorded and compiled: ``True``, ``False``, or ``"auto"`` where it repays; ``fit`` says more.
 
     Attributes:
@@ -96,7 +98,8 @@ class AEVB:
         objective: ELBO | None = None,
         *,
         data_plate: str | None = "auto",
-        num_data: int | None = None,
+        num_data: NumData = None,
+        effective_num_data: int | None = None,
         compile: Compile = "auto",  # noqa: A002  torch's own word
     ) -> None:
         guide = AutoAmortizedNormal(model, data_plate=data_plate) if guide is None else guide
@@ -109,10 +112,10 @@ class AEVB:
         self.guide = guide
         self.objective = objective
         self.data_plate = data_plate
-        self.num_data = num_data
+        self.num_data = check_num_data(num_data, effective_num_data)
         self.compile = compile
         self.result: FitResult | None = None
-        self._module = ObjectiveModule(model, guide, objective, num_data=num_data, data_plate=data_plate)
+        self._module = ObjectiveModule(model, guide, objective, num_data=self.num_data, data_plate=data_plate)
         self._stepper: Stepper | None = None
         self._template: Batch | None = None
         self._batch_shapes: list[list[Any]] | None = None
@@ -126,7 +129,7 @@ class AEVB:
         """Fit model and guide to data: :func:`pyro_aevb.training.loop.fit_module` lists the settings and errors.
 
         Args:
-            data: A tensor, a tuple, list or mapping of tensors with rows on axis 0, a Dataset or a DataLoader.
+            data: A tensor, a tuple, list or mapping of tensors with rows on axis 0, a Dataset, a DataLoader, or batches' iterator.
             **settings: ``num_epochs``, ``batch_size``, ``optimizer``, ``learning_rate``, ``schedule``, ``clip_norm``,
                 ``validation``, ``patience``, ``seed``, ``fabric``, ``compile``, ``max_skipped``, ``callbacks``, ``progress``.
 
@@ -137,7 +140,7 @@ class AEVB:
             SettingError: If a setting is unknown or out of range.
         """
         check_settings(settings, fit_module)
-        self._module.num_data = self.num_data
+        self._module.set_num_data(self.num_data)
         self.result = fit_module(self._module, data, **{"compile": self.compile, **settings})
         if self._module.example is not None:
             self._keep_template(Batch(self._module.example[0], dict(self._module.example[1])))
@@ -146,7 +149,9 @@ class AEVB:
     def partial_fit(
         self, *batch: Any, learning_rate: float = 1e-3, seed: int | None = None, **covariates: Any
     ) -> float:
-        """Take one step of fused Adam on a batch; the optimizer's state is kept between calls.
+        """Take one step of fused Adam on a batch, of rows without end; the optimizer's state is kept between calls.
+
+        A row counts ``num_data / rows`` times beside the globals, whose guide so has the width of a posterior of ``num_data`` rows.
 
         Args:
             *batch: Rows, as positional arguments of the model.
@@ -159,23 +164,25 @@ class AEVB:
 
         Raises:
             NonFiniteError: If too many steps in a row were skipped.
-            SettingError: If the model has globals and nothing says how many rows there are.
+            DataError: If there are no rows, or tensors differ in their number.
+            SettingError: If the model has globals and nothing says how many rows there are: ``num_data`` or
+                ``effective_num_data`` of :class:`AEVB`.
         """
         check_covariates(covariates, AEVB.partial_fit)
+        check_positive("learning_rate", learning_rate)
         rows = self._rows(batch, covariates)
+        if self._plate is not None:
+            check_batch(rows)
         with seeded(seed):
             if self._stepper is None:
                 self._stepper = self._start(rows, learning_rate)
+            self._module.count(rows.rows)
             return self._stepper.step(rows)
 
     def _start(self, rows: Batch, learning_rate: float) -> Stepper:
         """Make the parameters and an optimizer for single steps."""
         build(self._module, rows)
-        structure = self._module.structure
-        if structure is not None and structure.has_globals and structure.data_plate and self._module.num_data is None:
-            raise SettingError(
-                "The model has globals, which need to know how many rows there are: AEVB(..., num_data=...)."
-            )
+        check_size(self._module, None)
         self._keep_template(rows)
         return Stepper(self._module, default_optimizer(learning_rate), staging=Staging(compile=self.compile))
 
@@ -326,7 +333,8 @@ class AEVB:
                 objective = OBJECTIVES[name](**settings)
             except (TypeError, SettingError) as error:
                 raise FileError(f"{path} has settings that {name} does not take: {error}. Give objective=.") from error
-        loaded = cls(model, guide, objective, data_plate=header["data_plate"], num_data=header["num_data"])
+        num_data: NumData = "growing" if header.get("is_growing") else header["num_data"]
+        loaded = cls(model, guide, objective, data_plate=header["data_plate"], num_data=num_data)
         loaded._batch_shapes = header["batch"]
         restore(loaded._module, contents, path)
         return loaded

@@ -12,6 +12,7 @@ from pyro_aevb.errors import ParameterError
 from pyro_aevb.program.batch import batch_rows
 from pyro_aevb.program.parameters import Program
 from pyro_aevb.program.scaling import DataPlateScale, Shard
+from pyro_aevb.program.settings import NumData
 from pyro_aevb.program.structure import Structure, read_structure
 
 __all__ = ["ObjectiveModule"]
@@ -24,7 +25,8 @@ class ObjectiveModule(nn.Module):
         model: The model.
         guide: The guide.
         objective: Any ``pyro.infer.ELBO`` that has ``differentiable_loss``.
-        num_data: Rows of the whole data set, for a data plate that knows only its batch; ``None`` guesses nothing.
+        num_data: Rows of the whole data set, for a data plate that knows only its batch; ``"growing"`` for those that :meth:`count`
+            is told of; ``None`` guesses nothing.
         data_plate: As in :func:`~pyro_aevb.program.structure.read_structure`.
     """
 
@@ -34,7 +36,7 @@ class ObjectiveModule(nn.Module):
         guide: PyroProgram,
         objective: ELBO,
         *,
-        num_data: int | None = None,
+        num_data: NumData = None,
         data_plate: str | None = "auto",
     ) -> None:
         super().__init__()
@@ -43,11 +45,21 @@ class ObjectiveModule(nn.Module):
         # a hook that held this module would keep it alive in a cycle
         self.register_state_dict_pre_hook(lambda module, *_: module._check_built())
         self.objective_state = getattr(objective, "state", nn.Module())
-        self.num_data = num_data
+        self.set_num_data(num_data)
         self.data_plate = data_plate
         self.shard: Shard | None = None
         self.structure: Structure | None = None
         self.example: tuple[Args, Kwargs] | None = None
+
+    def set_num_data(self, num_data: NumData) -> None:
+        """Set the number of rows, or let it grow from none."""
+        self.is_growing = num_data == "growing"
+        self.num_data: int | None = None if num_data == "growing" else num_data
+
+    def count(self, rows: int) -> None:
+        """Let the data set grow by rows that are seen, if it does."""
+        if self.is_growing:
+            self.num_data = (self.num_data or 0) + rows
 
     @property
     def model(self) -> PyroProgram:
@@ -84,7 +96,7 @@ class ObjectiveModule(nn.Module):
             if evaluate is None:
                 loss = self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
                 rows = self._rows(args, kwargs) if self.shard is None else self.shard.batch_rows
-                return loss, -loss.detach() / (self.num_data or rows)
+                return loss, -loss.detach() / (self._own_size or self.num_data or rows)
             loss, bounds = evaluate(self.model, self.guide, *args, **kwargs)
         rows = bounds.local.shape[0]
         share = 1.0 if self.shard is None else self.shard.share
@@ -113,11 +125,15 @@ class ObjectiveModule(nn.Module):
         if bounds is None:
             with self.program.running():
                 loss = self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
-            structure = self.structure
-            is_sized = structure is not None and structure.full_size != structure.rows
-            return -loss / (structure.full_size if structure is not None and is_sized else self._rows(args, kwargs))
+            return -loss / (self._own_size or self._rows(args, kwargs))
         with self.running():
             return bounds(self.model, self.guide, *args, **kwargs).local.mean()
+
+    @property
+    def _own_size(self) -> int | None:
+        """Number of rows that the model itself gives its data plate, where it does."""
+        structure = self.structure
+        return None if structure is None or structure.full_size == structure.rows else structure.full_size
 
     @staticmethod
     def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

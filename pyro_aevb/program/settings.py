@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ from pyro_aevb.errors import SettingError
 
 __all__ = [
     "NOTE",
+    "NumData",
     "as_values",
     "check_count",
     "check_covariates",
+    "check_num_data",
     "check_positive",
     "check_programs",
     "check_settings",
@@ -28,6 +30,9 @@ __all__ = [
 
 NOTE = " The model's own keyword arguments are tensors or numpy arrays; bind constants with functools.partial."
 """Said of an unknown setting where the model's keyword arguments are taken too."""
+
+NumData: TypeAlias = int | Literal["growing"] | None
+"""Rows of the whole data set: a number, ``"growing"`` for the rows seen so far, ``None`` for those of the data at hand."""
 
 
 def check_settings(
@@ -65,6 +70,26 @@ def check_count(name: str, count: Any, *, is_optional: bool = False) -> None:
         return
     if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
         raise SettingError(f"{name} must be an integer of at least 1, got {count!r}.")
+
+
+def check_num_data(num_data: Any, effective_num_data: Any) -> NumData:
+    """Return the number of rows that a batch stands for: that of the data set, or the effective one of data that drift.
+
+    Raises:
+        SettingError: If both are given, or one is no such number.
+    """
+    if num_data is not None and effective_num_data is not None:
+        raise SettingError(
+            f"num_data={num_data!r} counts rows that all bear on the globals, effective_num_data={effective_num_data!r} says how "
+            f"many recent ones do: give one of the two."
+        )
+    if isinstance(num_data, str):
+        if num_data != "growing":
+            raise SettingError(f"num_data must be an integer, 'growing' or None, got {num_data!r}.")
+        return "growing"
+    check_count("num_data", num_data, is_optional=True)
+    check_count("effective_num_data", effective_num_data, is_optional=True)
+    return num_data if effective_num_data is None else effective_num_data
 
 
 def check_share(name: str, value: Any) -> None:

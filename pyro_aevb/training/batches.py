@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pyro_aevb.errors import DataError, SettingError
-from pyro_aevb.program.batch import to_tensor
+from pyro_aevb.program.batch import describe_batch, to_tensor
 from pyro_aevb.randomness import preserved_rng
 
-__all__ = ["Batch", "BatchSource", "as_batch", "check_lengths", "check_skip"]
+__all__ = ["Batch", "BatchSource", "as_batch", "check_batch", "check_lengths", "check_skip"]
 
 
 class Batch(NamedTuple):
@@ -132,6 +132,19 @@ def check_lengths(batch: Batch) -> None:
     lengths = {name: len(item) for name, item in named if isinstance(item, Tensor) and item.dim() > 0}
     if len(set(lengths.values())) > 1:
         raise DataError(f"Every tensor has rows on axis 0 and as many of them, got lengths {lengths}.")
+
+
+def check_batch(batch: Batch) -> None:
+    """Refuse a batch without rows, or with tensors that differ in their number.
+
+    Raises:
+        DataError: With what came.
+    """
+    check_lengths(batch)
+    if batch.rows == 0:
+        raise DataError(
+            f"The batch has no rows: expected at least one, got ({describe_batch(batch.args, batch.kwargs)})."
+        )
 
 
 def check_skip(skip: int, source: BatchSource) -> None:

@@ -13,7 +13,7 @@ from pyro_aevb.errors import SettingError
 from pyro_aevb.program.compiling import Compile, check_compile
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.processes import Processes
-from pyro_aevb.program.settings import check_count, check_settings
+from pyro_aevb.program.settings import NumData, check_count, check_num_data, check_settings
 from pyro_aevb.randomness import seeded
 from pyro_aevb.training.checkpoint import Checkpoints
 from pyro_aevb.training.data import BatchSource, as_source
@@ -39,7 +39,8 @@ def fit(
     objective: ELBO,
     data: Any,
     *,
-    num_data: int | None = None,
+    num_data: NumData = None,
+    effective_num_data: int | None = None,
     data_plate: str | None = "auto",
     **settings: Any,
 ) -> FitResult:
@@ -50,8 +51,11 @@ def fit(
         guide: The guide; Pyro's AutoGuides are guides too.
         objective: :class:`~pyro_aevb.SGVB`, :class:`~pyro_aevb.IWELBO`, :class:`~pyro_aevb.WakeSleep`,
             :class:`~pyro_aevb.ReweightedWakeSleep`, or a loss of Pyro's that has ``differentiable_loss``.
-        data: A tensor, a tuple, list or mapping of tensors (or numpy arrays) with rows on axis 0, a Dataset or a DataLoader.
-        num_data: Rows of the whole data set; by default those of ``data``.
+        data: A tensor, a tuple, list or mapping of tensors (or numpy arrays) with rows on axis 0, a Dataset, a DataLoader, or an
+            iterator of batches (a generator), which is passed through once.
+        num_data: Rows of the whole data set; by default those of ``data``. A stream has no length: ``"growing"`` takes the rows
+            seen so far, each time that they are seen.
+        effective_num_data: In place of ``num_data``, for data that drift: how many recent rows the globals should know.
         data_plate: Name of the plate whose indices are rows, ``"auto"`` or ``None`` (no rows: every step gets all data).
         **settings: The settings of :func:`fit_module`.
 
@@ -60,7 +64,8 @@ def fit(
         store, where a name that something else holds is left alone.
 
     Raises:
-        SettingError: If a setting is out of range or the objective has no ``differentiable_loss``.
+        SettingError: If a setting is out of range, the objective has no ``differentiable_loss``, or there are globals and nothing
+            says how many rows there are.
         DataError: If the data are empty or hold NaN or infinity where a density reads them.
         ModelError: If the model is not supported.
         GuideError: If the guide does not fit the model.
@@ -84,6 +89,7 @@ def fit(
     """
     check_settings(settings, fit_module)
     plate = getattr(objective, "data_plate", "auto") if data_plate == "auto" else data_plate
+    num_data = check_num_data(num_data, effective_num_data)
     module = ObjectiveModule(model, guide, objective, num_data=num_data, data_plate=plate)
     return fit_module(module, data, **settings)
 

@@ -17,8 +17,9 @@ from pyro_aevb.program.rows import check_finite, located
 from pyro_aevb.program.structure import Structure
 from pyro_aevb.training.data import Batch, BatchSource
 from pyro_aevb.training.sharding import ShardedSource
+from pyro_aevb.training.streaming import GrowingSource
 
-__all__ = ["build", "prepare"]
+__all__ = ["build", "check_rows", "check_size", "prepare"]
 
 
 def prepare(module: ObjectiveModule, source: BatchSource, batch_size: int | None) -> BatchSource:
@@ -45,15 +46,14 @@ def prepare(module: ObjectiveModule, source: BatchSource, batch_size: int | None
                 f"data: leave batch_size={batch_size} out."
             )
         source = _WholeSource(whole, -(-whole.rows // structure.rows) if structure.draws_own_rows else 1)
-    elif structure.rows != batch.rows:
-        raise DataError(
-            f"The data plate {structure.data_plate!r} has {structure.rows} rows and the batch {batch.rows}. Size the plate by the "
-            f"batch, pyro.plate({structure.data_plate!r}, len(x)), or name another plate with data_plate='...'."
-        )
     else:
+        check_rows(structure, batch)
         _check_rows_of_guide(module, structure, source)
+        check_size(module, source.num_rows)
+        if module.is_growing and source.num_rows is None:
+            return GrowingSource(source, module)
         if module.num_data is None:
-            module.num_data = _count_rows(module, source)
+            module.num_data = source.num_rows
     if whole is not None:
         with module.running():
             check_finite(module.model, module.guide, structure, *whole, rows_per_run=source.batch_size or 1)
@@ -125,15 +125,45 @@ def _sites_per_row(guide: Any, structure: Structure) -> set[str]:
     return set()
 
 
-def _count_rows(module: ObjectiveModule, source: BatchSource) -> int | None:
-    """Return the number of rows; a stream has none, which matters only to globals."""
+def check_rows(structure: Structure, batch: Batch) -> None:
+    """Refuse a batch whose rows are not those of the data plate.
+
+    Raises:
+        DataError: With both numbers.
+    """
+    if structure.rows != batch.rows:
+        raise DataError(
+            f"The data plate {structure.data_plate!r} has {structure.rows} rows and the batch {batch.rows}. Size the plate by the "
+            f"batch, pyro.plate({structure.data_plate!r}, len(x)), or name another plate with data_plate='...'."
+        )
+
+
+def check_size(module: ObjectiveModule, num_rows: int | None) -> None:
+    """Refuse data of unknown number where globals have to be weighed against it, and to count where the model has its own number.
+
+    Args:
+        module: Model, guide and objective, built.
+        num_rows: Rows of the data at hand; ``None`` for a stream.
+
+    Raises:
+        SettingError: Naming the globals, or the plate.
+    """
     structure = module.structure
-    if source.num_rows is None and structure is not None and structure.has_globals:
+    if structure is None or structure.data_plate is None:
+        return
+    if module.is_growing and structure.full_size != structure.rows:
+        raise SettingError(
+            f"The model sizes its plate {structure.data_plate!r} by itself, {structure.full_size} rows, so that num_data='growing' "
+            f"would not reach it: size it by the batch, pyro.plate({structure.data_plate!r}, len(x))."
+        )
+    is_known = module.num_data is not None or num_rows is not None or structure.full_size != structure.rows
+    if structure.has_globals and not is_known and not module.is_growing:
         names = [site.name for site in structure.select("latent", is_local=False)]
         raise SettingError(
-            f"A stream has no length, and the global latents {names} need one to be weighed against its rows: give num_data=."
+            f"Nothing says how many rows there are, and the global latents {names} are weighed against that number: give num_data= "
+            f"(the rows of all data), num_data='growing' (the rows seen so far), or for data that drift effective_num_data= (how "
+            f"many recent rows the globals should know)."
         )
-    return source.num_rows
 
 
 class _WholeSource(BatchSource):

@@ -38,6 +38,7 @@ def describe_program(module: ObjectiveModule, batch: list[list[Any]] | None) -> 
         "batch": batch,
         "pyro_params": sorted(program.unconstrained_params()),
         "num_data": module.num_data,
+        "is_growing": module.is_growing,
     }
     return Contents(header, dict(program.state_dict()))
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from pyro_aevb.errors import DataError, SettingError
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.training.batches import Batch, BatchSource, as_batch, check_lengths, check_skip
 
-__all__ = ["IteratorSource", "filled"]
+__all__ = ["GrowingSource", "IteratorSource", "filled"]
 
 
 def filled(items: Iterable[Any]) -> Iterator[Batch]:
@@ -70,3 +71,50 @@ class IteratorSource(BatchSource):
             )
         self._passing = chain([batch], self._passing)
         return batch
+
+
+class GrowingSource(BatchSource):
+    """A stream whose rows are counted as they come: the module's number of rows is that of the rows so far, with the batch at hand.
+
+    Args:
+        source: The stream.
+        module: Model, guide and objective, whose data set grows.
+    """
+
+    def __init__(self, source: BatchSource, module: ObjectiveModule) -> None:
+        self.source = source
+        self.module = module
+        self.num_rows = source.num_rows
+        self.batch_size = source.batch_size
+
+    def batches(self, generator: torch.Generator | None = None, *, skip: int = 0) -> Iterator[Batch]:
+        """Count and yield the stream's batches."""
+        for batch in self.source.batches(generator, skip=skip):
+            self.module.count(batch.rows)
+            yield batch
+
+    @property
+    def is_spent(self) -> bool:  # type: ignore[override]
+        """Whether nothing is left for another epoch."""
+        return self.source.is_spent
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether an epoch can be entered in its middle."""
+        return self.source.can_skip
+
+    def num_batches(self) -> int | None:
+        """Number of batches in an epoch; ``None`` for a stream."""
+        return self.source.num_batches()
+
+    def first(self) -> Batch:
+        """Return the first batch, uncounted: it comes again."""
+        return self.source.first()
+
+    def state(self) -> dict[str, Any]:
+        """Return where the stream stands."""
+        return self.source.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to where :meth:`state` was taken."""
+        self.source.load_state(state)
