@@ -230,6 +230,8 @@ class Epochs:
             self.plan.patience is not None and place.epochs - (result.best_epoch or place.epochs) >= self.plan.patience
         ):
             result.stopped_by = "patience"
+        elif self.source.is_spent:
+            result.stopped_by = "stream"
         self._log(record)
         if self.checkpoints is not None and result.best_epoch == place.epochs:
             self.checkpoints.write_best(self._contents())

@@ -1,6 +1,6 @@
 """Fit model and guide to data: Algorithm 1 of arXiv 1312.6114 on Lightning Fabric's devices."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,6 +233,11 @@ def _held_out(module: ObjectiveModule, validation: Any) -> BatchSource | None:
     """Return validation data in batches; all at once for a model without rows."""
     if validation is None:
         return None
+    if isinstance(validation, Iterator):
+        raise SettingError(
+            "Held-out data are passed through after each epoch, and an iterator lasts for one: give tensors, a Dataset or a "
+            "DataLoader as validation=."
+        )
     source = as_source(validation)
     has_rows = module.structure is None or module.structure.data_plate is not None
     return source if has_rows else as_source(validation, source.num_rows)
