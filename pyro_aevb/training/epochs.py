@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from pyro_aevb.errors import AEVBWarning, warn_user
+from pyro_aevb.errors import AEVBWarning, DataError, warn_user
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.randomness import RandomState, random_state, restore_random_state, seeded
 from pyro_aevb.training.checkpoint import Checkpoints, collect, distribute
@@ -31,6 +31,15 @@ _CHECK_EVERY = 10_000
 """Steps after which a compiled step is compared with an eager one again, where no callback may have changed anything."""
 _LOG_EVERY = 100
 """Batches from one logged bound to the next."""
+
+
+_WORKER = "DataLoader worker"
+"""How torch begins to say that one died."""
+
+
+def _is_worker_death(error: BaseException) -> bool:
+    """Tell whether torch says that a worker died, or a worker's end of a pipe is gone before torch could say so."""
+    return _WORKER in str(error) or isinstance(error, (ConnectionError, EOFError))
 
 
 class Plan(NamedTuple):
@@ -119,6 +128,7 @@ class Epochs:
         """Train until the epochs are done, patience is spent, a callback says so, or a signal comes."""
         modes = [(module, module.training) for module in self.module.modules()]
         self.stepper.check_every = _CHECK_EVERY
+        self.stepper.wants_stop = lambda: self._interruption.signal is not None
         try:
             with self._noting_signals(), self._bar() as bar:
                 self.stepper.staging.announce = bar.set_postfix_str
@@ -126,7 +136,7 @@ class Epochs:
                 bar.update(self._num_batches)
                 self._run(bar)
                 self._save()
-                if self._interruption.signal is None:
+                if not self.stepper.must_stop:
                     self._restore_best()
         except KeyboardInterrupt:
             self.result.stopped_by = "interrupt"
@@ -148,7 +158,8 @@ class Epochs:
     def _bar(self) -> "tqdm[Any]":
         steps = self.source.num_batches()
         total = None if steps is None else steps * self.plan.num_epochs
-        return tqdm(total=total, disable=not self.plan.progress, unit="step", dynamic_ncols=True)
+        is_shown = self.plan.progress and self.stepper.processes.is_first
+        return tqdm(total=total, disable=not is_shown, unit="step", dynamic_ncols=True)
 
     @property
     def _num_batches(self) -> int:
@@ -160,7 +171,8 @@ class Epochs:
             if self._place.batches == 0:
                 self._order = self._generator.get_state()
             self._train(bar)
-            if self._interruption.signal is not None:
+            if self.stepper.must_stop:
+                self._interruption.signal = self._interruption.signal or SIGTERM  # another process was asked
                 self.result.stopped_by = "sigterm" if self._interruption.signal == SIGTERM else "interrupt"
                 return
             self._end_epoch(bar)
@@ -171,7 +183,7 @@ class Epochs:
         """Take the steps of an epoch, or those that are left of it."""
         self.module.train()
         place = self._place
-        with pyro.validation_enabled(False), self._timed():
+        with pyro.validation_enabled(False), self._timed(), self._naming_dead_workers():
             for batch in self.source.batches(self._generator, skip=place.batches if self.source.can_skip else 0):
                 bound = self.stepper.step(batch)
                 place.batches += 1
@@ -180,10 +192,27 @@ class Epochs:
                 else:
                     place.skipped += 1
                 self._tell(bar, bound)
-                if self._interruption.signal is not None:
+                if self.stepper.must_stop:
                     return
                 if self.plan.every is not None and self._num_batches % self.plan.every == 0 and self._can_enter:
                     self._save()
+
+    @contextmanager
+    def _naming_dead_workers(self) -> Iterator[None]:
+        """Say that a worker died: torch raises that from a signal's handler, in the middle of whatever runs."""
+        try:
+            yield
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not _is_worker_death(cause):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            reason = next((line for line in str(cause).splitlines() if _WORKER in line), f"{cause}.")
+            raise DataError(
+                f"A worker of the DataLoader died, after step {self._num_batches}: {reason} See what the dataset does in a worker "
+                f"(memory, open files), or try num_workers=0."
+            ) from error
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -234,17 +263,22 @@ class Epochs:
             result.stopped_by = "stream"
         self._log(record)
         if self.checkpoints is not None and result.best_epoch == place.epochs:
-            self.checkpoints.write_best(self._contents())
+            contents = self._contents()
+            if self.stepper.processes.is_first:
+                self.checkpoints.write_best(contents)
 
     def _validate(self) -> float:
         """Return the bound per row of held-out data under fixed noise, and keep the best state."""
-        total, rows = 0.0, 0
+        total, rows, processes = 0.0, 0, self.stepper.processes
         self.module.eval()
         with torch.no_grad(), seeded(0), pyro.validation_enabled(False):
-            for batch in self.validation.batches() if self.validation else ():
+            for number, batch in enumerate(self.validation.batches() if self.validation else ()):
+                if number % processes.count != processes.rank:
+                    continue
                 args, kwargs = self.stepper.fabric.to_device(batch)
                 bound = self.module.held_out_bound(*args, **kwargs)
                 total, rows = total + float(bound) * batch.rows, rows + batch.rows
+        total, rows = processes.total(total, rows)
         value = total / rows
         if self.result.best_epoch is None or value > self._place.best_bound:
             self._place.best_bound = value if value == value else float("-inf")
@@ -276,7 +310,9 @@ class Epochs:
     def _save(self) -> None:
         """Write a checkpoint, unless this place has one or can't be found again."""
         if self.checkpoints is not None and self._can_enter and self._num_saved != self._num_batches:
-            self.checkpoints.write(self._num_batches, self._contents())
+            contents = self._contents()
+            if self.stepper.processes.is_first:
+                self.checkpoints.write(self._num_batches, contents)
             self._num_saved = self._num_batches
 
     def _setting(self) -> dict[str, Any]:
@@ -285,18 +321,18 @@ class Epochs:
             "rows": self.source.num_rows,
             "batch_size": self.source.batch_size,
             "optimizer": self.stepper.optimizer_name,
-            "processes": self.stepper.fabric.world_size,
+            "schedule": None if self.schedule is None else type(self.schedule).__name__,
+            "processes": self.stepper.processes.count,
         }
 
     def _contents(self) -> Any:
-        """Return all that the fit needs to be continued from here."""
-        is_inside = self._place.batches > 0
+        """Return all that the fit needs to be continued from here; every process has to ask."""
+        is_inside, processes = self._place.batches > 0, self.stepper.processes
         state = {
             "setting": self._setting(),
             "place": asdict(self._place),
             "order": self._order if is_inside else self._generator.get_state(),
-            "source": self.source.state(),
-            "random": random_state()._asdict(),
+            "each": processes.gather([{"source": self.source.state(), "random": random_state()._asdict()}]),
             "stepper": self.stepper.state(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "history": self.result.history,
@@ -316,7 +352,8 @@ class Epochs:
         self._place = _Place(**state["place"])
         self._order = state["order"]
         self._generator.set_state(self._order)
-        self.source.load_state(state["source"])
+        own = state["each"][self.stepper.processes.rank]
+        self.source.load_state(own["source"])
         self.stepper.load_state(state["stepper"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
@@ -325,7 +362,7 @@ class Epochs:
         if state["stopped_by"] in ("patience", "callback"):
             self.result.stopped_by = state["stopped_by"]
         self._num_saved = self._num_batches
-        restore_random_state(RandomState(**state["random"]))
+        restore_random_state(RandomState(**own["random"]))
 
     def _finish(self) -> None:
         """Count the steps, and publish ``pyro.param`` values."""

@@ -109,7 +109,8 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+        data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        value = zlib.crc32(data, value)
     return f"{value:08x}"
 
 

@@ -45,5 +45,5 @@ def _find(item: Any, folder: str | Path) -> "Logger":
         return kinds[item](root_dir=folder, name=item)
     except ModuleNotFoundError as error:
         raise SettingError(
-            f"logger={item!r} needs a package that is not installed: pip install tensorboard."
+            f"logger={item!r} needs a package that is not installed: pip install 'pyro_aevb[tensorboard]'."
         ) from error

@@ -2,9 +2,7 @@
 
 import functools
 import json
-import os
-import signal
-import threading
+from collections import Counter
 
 import numpy as np
 import pyro
@@ -18,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_aevb import AEVB, IWELBO, SGVB, WakeSleep
 from pyro_aevb.errors import FileError, SettingError
-from pyro_aevb.training.checkpoint import Checkpoints
 from pyro_aevb.training.files import read_file
+from pyro_aevb.training.packing import pack, unpack
 
 torch.manual_seed(1)
 X = torch.randn(47, 3)
@@ -41,7 +39,7 @@ class Model(nn.Module):
             pyro.sample("x", dist.Normal(self.decoder(z) + shift, scale).to_event(1), obs=x)
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     """What stops a fit in the middle, as a crash would."""
 
 
@@ -58,7 +56,7 @@ class Flaky:
         def counted(*args, **kwargs):
             self.count += 1
             if self.count == self.at:
-                raise Stop
+                raise StoppedError
             return step(*args, **kwargs)
 
         optimizer.step = counted
@@ -105,7 +103,7 @@ def untimed(vi):
 
 def continued(folder, at, settings=dict, *, data=lambda: X, make=adam, every=3):
     """Stop a fit in the middle of a step, as a crash would, and continue it from its folder with everything made anew."""
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         fitted(data(), optimizer=Flaky(make, at), checkpoint=folder, every=every, **settings())
     torch.manual_seed(999)  # nothing of the present generators may matter
     np.random.seed(999)
@@ -182,7 +180,7 @@ class TestBitForBit:
 
     def test_several_times(self, tmp_path):
         for at in (3, 5, 2, 4):
-            with pytest.raises(Stop):
+            with pytest.raises(StoppedError):
                 fitted(optimizer=Flaky(adam, at), checkpoint=tmp_path, every=1, resume=True)
         assert_same(fitted(optimizer=adam), fitted(optimizer=adam, checkpoint=tmp_path, every=1, resume=True))
 
@@ -218,3 +216,146 @@ class Augmented(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return X[index] + 0.1 * torch.randn(3) + np.random.normal()
+
+
+class TestFolder:
+    def test_an_empty_one_begins_anew(self, tmp_path):
+        folder = tmp_path / "not" / "there"
+        assert_same(fitted(optimizer=adam), fitted(optimizer=adam, checkpoint=folder, resume=True))
+        assert [path.name for path in sorted(folder.iterdir())] == [f"step-{n:09d}.safetensors" for n in (10, 15, 20)]
+
+    def test_the_last_few_stay(self, tmp_path):
+        fitted(checkpoint=tmp_path, every=4, keep=2)
+        assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-{n:09d}.safetensors" for n in (16, 20)]
+
+    def test_a_finished_fit_comes_back(self, tmp_path):
+        settings = {"validation": X[:9], "patience": 1, "num_epochs": 30, "optimizer": fast}
+        first = fitted(checkpoint=tmp_path, **settings)
+        assert first.result.stopped_by == "patience"
+        assert_same(first, fitted(checkpoint=tmp_path, resume=True, **settings))
+
+    def test_more_epochs(self, tmp_path):
+        fitted(optimizer=adam, checkpoint=tmp_path, num_epochs=2)
+        assert_same(fitted(optimizer=adam), fitted(optimizer=adam, checkpoint=tmp_path, resume=True))
+
+    def test_what_callbacks_record_comes_back(self, tmp_path):
+        def callback(event):
+            event.record["twice"] = 2.0 * event.epoch
+
+        fitted(checkpoint=tmp_path, num_epochs=2, callbacks=[callback])
+        again = fitted(checkpoint=tmp_path, resume=True, callbacks=[callback])
+        assert [record["twice"] for record in again.result.history] == [2.0, 4.0, 6.0, 8.0]
+
+    def test_checkpoints_are_programs_too(self, tmp_path):
+        vi = fitted(checkpoint=tmp_path, validation=X[:9])
+        loaded = AEVB.load(max(tmp_path.glob("step-*")), Model())
+        expected, found = (item.posterior(X[:3], num_samples=4, seed=0) for item in (vi, loaded))
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        best = AEVB.load(tmp_path / "best.safetensors", Model())
+        assert read_file(tmp_path / "best.safetensors").tensors.keys()
+        assert best.module.structure is not None
+
+    def test_the_best_is_that_of_its_epoch(self, tmp_path):
+        settings = {"validation": X[:9], "patience": 1, "num_epochs": 30, "optimizer": fast}
+        vi = fitted(checkpoint=tmp_path, **settings)
+        assert vi.result.best_epoch < len(vi.result.history)
+        best = AEVB.load(tmp_path / "best.safetensors", Model())
+        for name, value in vi.module.program.state_dict().items():
+            assert torch.equal(value, best.module.program.state_dict()[name]), name
+
+    def test_no_pickle(self, tmp_path):
+        fitted(checkpoint=tmp_path)
+        data = max(tmp_path.glob("step-*")).read_bytes()
+        assert b"\x80\x02" not in data[:8]
+        assert json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # a plain safetensors header
+
+
+def fast(parameters):
+    return Adam(parameters, lr=0.3)
+
+
+class Wider(Plain):
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Linear(2, 3, bias=False)
+
+
+class OtherSite(Plain):
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(y), 1.0).to_event(1), obs=x)
+
+
+class TestRefusals:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        fitted(model=Plain(), optimizer=adam, checkpoint=tmp_path, num_epochs=1)
+        return tmp_path
+
+    def refuse(self, error, match, folder, data=X, **settings):
+        settings = {"model": Plain(), "optimizer": adam, "resume": True} | settings
+        with pytest.raises(error, match=match):
+            fitted(data, checkpoint=folder, **settings)
+
+    def test_another_batch_size(self, folder):
+        self.refuse(SettingError, r"batch_size=10 \(now 20\)", folder, batch_size=20)
+
+    def test_other_data(self, folder):
+        self.refuse(SettingError, r"rows=47 \(now 30\)", folder, X[:30])
+
+    def test_another_optimizer(self, folder):
+        self.refuse(SettingError, r"optimizer='Adam' \(now 'SGD'\)", folder, optimizer=momentum)
+
+    def test_a_schedule_more(self, folder):
+        self.refuse(SettingError, r"schedule=None \(now 'StepLR'\)", folder, schedule=lambda o: StepLR(o, 1))
+
+    def test_another_model(self, folder):
+        self.refuse(FileError, r"sites .*'y'", folder, model=OtherSite())
+        self.refuse(FileError, r"decoder\.bias", folder, model=Wider())
+
+    def test_a_folder_that_holds_another_fit(self, folder):
+        self.refuse(FileError, r"holds checkpoints.*resume=True", folder, resume=False)
+
+    def test_a_saved_program(self, folder):
+        vi = fitted(model=Plain())
+        vi.save(folder / "step-000000099.safetensors")
+        self.refuse(FileError, r"not a fit.*AEVB\.load", folder)
+
+    def test_no_folder(self):
+        for settings in ({"resume": True}, {"every": 3}):
+            with pytest.raises(SettingError, match="checkpoint="):
+                fitted(**settings)
+
+    @pytest.mark.parametrize(("name", "value"), [("every", 0), ("every", -3), ("keep", 0)])
+    def test_numbers(self, name, value, tmp_path):
+        with pytest.raises(SettingError, match=name):
+            fitted(checkpoint=tmp_path, **{name: value})
+
+    def test_a_folder_that_is_a_file(self, tmp_path):
+        (tmp_path / "a").write_text("here")
+        with pytest.raises(FileError, match="Could not make the folder"):
+            fitted(checkpoint=tmp_path / "a")
+
+
+class TestPacking:
+    def test_round_trip(self):
+        values = {
+            "numbers": [1, -0.1, float("inf"), 1e-320, True, None, np.float64(0.1)],
+            3: (torch.arange(3), np.arange(4, dtype=np.uint32)),
+            "counter": Counter({2: 3}),
+            "text": "ä",
+        }
+        tensors = {}
+        found = unpack(json.loads(json.dumps(pack(values, tensors, "x"))), tensors)
+        assert found["numbers"] == values["numbers"]
+        assert found["text"] == "ä"
+        assert isinstance(found["counter"], Counter)
+        assert found["counter"] == values["counter"]
+        assert isinstance(found[3], tuple)
+        assert torch.equal(found[3][0], values[3][0])
+        assert found[3][1].dtype == np.uint32
+
+    def test_what_needs_pickle(self):
+        with pytest.raises(FileError, match=r"'state\.a' is of type object.*without pickle"):
+            pack({"a": object()}, {}, "state")
