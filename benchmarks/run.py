@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks import (
     build_time,
     calibration,
+    checkpoints,
     compile_time,
     compiled_step,
     eight_schools,
@@ -45,6 +46,7 @@ COMPARISONS: dict[str, Callable[..., Result]] = {
     "memory": memory.run,
     "rivals": rivals.run,
     "calibration": calibration.run,
+    "checkpoints": checkpoints.run,
 }
 """Every comparison, in the order of the page; a new one is a module with ``run(*, quick) -> Result`` and a line here."""
 
