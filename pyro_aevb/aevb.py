@@ -131,8 +131,8 @@ class AEVB:
         Args:
             data: A tensor, a tuple, list or mapping of tensors with rows on axis 0, a Dataset, a DataLoader, or batches' iterator.
             **settings: ``num_epochs``, ``batch_size``, ``optimizer``, ``learning_rate``, ``schedule``, ``clip_norm``,
-                ``validation``, ``patience``, ``seed``, ``fabric``, ``compile``, ``max_skipped``, ``callbacks``, ``checkpoint``, ``every``,
-                ``keep``, ``resume``, ``logger``, ``progress``.
+                ``validation``, ``patience``, ``seed``, ``fabric``, ``compile``, ``max_skipped``, ``callbacks``, ``checkpoint``,
+                ``every``, ``keep``, ``resume``, ``logger``, ``progress``.
 
         Returns:
             The history, in nats per row.
