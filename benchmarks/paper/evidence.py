@@ -1,0 +1,94 @@
+"""log p(x) of digits under one kept network by one estimator, row by row, so that more rows can be added later."""
+
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.paper.contenders import snapshots
+from benchmarks.paper.curves import read_vae
+from benchmarks.paper.settings import Curve, Job, load_images
+from benchmarks.paper.tables import Row, read_table, write_table
+from pyro_aevb import log_marginal
+from pyro_aevb.errors import AEVBWarning
+
+__all__ = ["ESTIMATORS", "compare", "summarize", "weigh"]
+
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "reciprocal": {"preset": "paper"},
+    "bridge": {},
+    "ais": {"start": "prior", "num_temperatures": 1000},
+    "quadrature": {},
+}
+"""Settings of each; ``"reciprocal"`` is the paper's App. D, 50 draws by HMC of 4 leapfrog steps."""
+_QUICK = {"reciprocal": {"preset": "paper"}, "ais": {"start": "prior", "num_temperatures": 50}}
+_ROWS_AT_ONCE = 100
+
+
+def _path(job: Job, curve: Curve, samples: int, part: str, estimator: str) -> Path:
+    return job.state / "evidence" / f"{curve.name}_{samples}_{part}_{estimator}.csv"
+
+
+def weigh(job: Job, curve: Curve, samples: int, part: str, estimator: str, *, num_rows: int) -> list[Row]:
+    """Estimate log p(x) of the first rows without help from an encoder, for contenders without one must be judged alike.
+
+    Args:
+        job: Where the networks are; without training, only rows that are done are returned.
+        curve: The run.
+        samples: Training samples after which its networks were kept.
+        part: ``"train"`` or ``"test"``.
+        estimator: One of :data:`ESTIMATORS`.
+        num_rows: Rows to weigh.
+
+    Returns:
+        ``value``, ``standard_error`` (nats), ``is_flagged`` of each row in order.
+    """
+    path = _path(job, curve, samples, part, estimator)
+    rows = read_table(path)
+    if not job.trains or len(rows) >= num_rows:
+        return rows[:num_rows]
+    vae = read_vae(curve, snapshots(curve, job.state)[samples])
+    x = getattr(load_images(curve.data, curve.num_train), part)[:num_rows]
+    settings = (_QUICK if job.is_quick else {}).get(estimator, ESTIMATORS[estimator])
+    while len(rows) < len(x):
+        begin, place = time.perf_counter(), len(rows)
+        chunk = x[place : place + _ROWS_AT_ONCE]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AEVBWarning)  # flagged rows are counted in the table
+            found = log_marginal(vae.model, None, chunk, method=estimator, seed=place, progress=False, **settings)
+        columns = zip(found.value.tolist(), found.standard_error.tolist(), found.is_flagged.int().tolist(), strict=True)
+        rows += [dict(zip(("value", "standard_error", "is_flagged"), entry, strict=True)) for entry in columns]
+        write_table(path, rows)
+        seconds = time.perf_counter() - begin
+        sys.stderr.write(f"{path.stem}: {len(rows)} rows, mean {found.value.mean():.2f}, {seconds:.0f} s\n")
+    return rows
+
+
+def summarize(rows: list[Row]) -> Row:
+    """Return the mean over rows, its Monte Carlo error and the error of having few rows, nats."""
+    value = torch.tensor([row["value"] for row in rows], dtype=torch.float64)
+    error = torch.tensor([row["standard_error"] for row in rows], dtype=torch.float64)
+    return {
+        "rows": len(rows),
+        "mean": float(value.mean()),
+        "monte_carlo_error": float(error.nan_to_num(0.0).square().sum().sqrt()) / len(rows),
+        "rows_error": float(value.std()) / len(rows) ** 0.5 if len(rows) > 1 else 0.0,
+        "flagged": sum(row["is_flagged"] for row in rows),
+    }
+
+
+def compare(rows: list[Row], exact: list[Row]) -> Row:
+    """Return the mean difference over rows that neither estimator flags, the same over all, and the largest, nats."""
+    pairs = list(zip(rows, exact, strict=False))
+    kept = [a["value"] - b["value"] for a, b in pairs if not (a["is_flagged"] or b["is_flagged"])]
+    every = [a["value"] - b["value"] for a, b in pairs]
+    return {
+        "rows": len(pairs),
+        "kept": len(kept),
+        "difference": sum(kept) / len(kept) if kept else float("nan"),
+        "difference_all": sum(every) / len(every),
+        "largest": max(every, key=abs),
+    }

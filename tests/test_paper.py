@@ -1,0 +1,316 @@
+"""The paper's figures: settings, grids, models and tables of `benchmarks.paper`, and all of it once in small."""
+
+import importlib
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from pyro_aevb import AEVB, SGVB
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER = ROOT / "benchmarks" / "paper"
+
+needs_images = pytest.mark.skipif(
+    not all((Path(os.environ.get("PYRO_AEVB_DATA", "")) / name).is_file() for name in ("mnist.npz", "freyface.npz")),
+    reason="mnist.npz and freyface.npz are not on this machine; PYRO_AEVB_DATA names their directory",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _root() -> Iterator[None]:
+    """Find the benchmarks, which are no installed package."""
+    sys.path.insert(0, str(ROOT))
+    yield
+    sys.path.remove(str(ROOT))
+
+
+def part(name: str) -> Any:
+    return importlib.import_module(f"benchmarks.paper.{name}")
+
+
+def curve(**changes: Any) -> Any:
+    settings = {"data": "mnist", "latent": 3, "method": "aevb", "hidden": 12, "num_train": 400, "seed": 0}
+    return part("settings").Curve(**{**settings, **changes})
+
+
+def row(method: str, samples: int, bound: float, **changes: Any) -> dict[str, Any]:
+    found = {"data": "mnist", "latent": 20, "method": method, "seed": 0, "samples": samples}
+    return {**found, "test_bound": bound, "train_bound": bound + 1, "seconds": 1.0, "rate": 0.01, **changes}
+
+
+def test_points_are_twelve_a_decade_and_powers_of_ten_are_among_them() -> None:
+    due = part("settings").due
+    points = [samples for samples in range(1_600, 10_000_001, 1_600) if due(samples, 1_600)]
+    assert {100_800, 1_000_000} <= set(points)  # the first epochs that end at or after the powers
+    for power in (4, 5, 6):
+        assert len([samples for samples in points if 10**power <= samples < 10 ** (power + 1)]) == 12
+    assert due(1_000_000, 50_000)
+    assert not due(1_000, 500)
+
+
+def test_every_first_parameter_is_normal_with_deviation_one_hundredth() -> None:
+    make = part("models").make_vae
+    for data, pixels in (("mnist", 784), ("frey", 560)):
+        vae = make(curve(data=data, hidden=500), pixels)
+        values = torch.cat([parameter.detach().flatten() for parameter in vae.parameters()])
+        assert abs(float(values.std()) - 0.01) < 4 * 0.01 / math.sqrt(2 * len(values))
+        assert abs(float(values.mean())) < 4 * 0.01 / math.sqrt(len(values))
+        biases = torch.cat([item.detach() for item in vae.parameters() if item.dim() == 1])
+        assert biases.abs().min() > 0
+        assert torch.equal(make(curve(data=data, hidden=500), pixels).encoder[0].weight, vae.encoder[0].weight)
+        assert not torch.equal(
+            make(curve(data=data, hidden=500, seed=1), pixels).encoder[0].weight, vae.encoder[0].weight
+        )
+
+
+def test_the_prior_of_weights_pulls_matrices_and_leaves_biases_alone() -> None:
+    vae = part("models").make_vae(curve(), 784)
+    before = {name: parameter.detach().clone() for name, parameter in vae.named_parameters()}
+    optimizer = part("curves").Adagrads(vae, 0.001, encoder_decay=0.0)(vae.parameters())
+    for parameter in vae.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in vae.named_parameters():
+        # Adagrad's first step is the rate times the sign of the gradient, which is that of -log N(w; 0, 1): the weight
+        is_pulled = name.startswith("decoder") and parameter.dim() == 2
+        expected = before[name] - 0.001 * before[name].sign() * is_pulled
+        torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_face_has_means_inside_the_unit_interval_and_deviations_above_the_floor() -> None:
+    models = part("models")
+    vae = models.FaceVAE(pixels=4, hidden=3, latent=2)
+    with torch.no_grad():
+        vae.decoder[2].bias.copy_(torch.tensor([-3.0, 0.0, 3.0, 9.0, -100.0, -100.0, 0.0, 2.0]))
+        vae.decoder[2].weight.zero_()
+        mean, scale = vae.decode(torch.zeros(1, 2))
+    torch.testing.assert_close(mean, torch.tensor([[-3.0, 0.0, 3.0, 9.0]]).sigmoid())
+    assert scale[0, :2].tolist() == [models.LEAST_SCALE] * 2
+    torch.testing.assert_close(scale[0, 2:].square(), models.LEAST_SCALE**2 + torch.tensor([1.0, math.exp(2.0)]))
+
+
+def test_bounds_of_curves_are_those_of_the_hand_written_autoencoder() -> None:
+    vae = part("models").make_vae(curve(hidden=20, latent=4), 30)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.mul_(50)
+    hand = importlib.import_module("benchmarks.peers").HandWrittenVAE(30, 20, 4)
+    hand.load_state_dict(vae.state_dict())
+    x = torch.rand(500, 30, generator=torch.manual_seed(0))
+    ours = torch.tensor([part("curves").bound_of(vae, x, seed=seed) for seed in range(30)])
+    with torch.no_grad():
+        theirs = torch.stack([hand.bound(x).mean() for _ in range(30)])
+    error = math.sqrt(float(ours.var() + theirs.var()) / 30)
+    assert abs(float(ours.mean() - theirs.mean())) < 4 * error
+    assert error < 0.1
+    assert part("curves").bound_of(vae, x, seed=3) == pytest.approx(float(ours[3]), rel=1e-6)
+
+
+def test_the_best_bound_counts_up_to_the_samples_of_both() -> None:
+    rows = [row("aevb", 100, -9.0), row("aevb", 200, -8.0), row("aevb", 300, -5.0), row("aevb", 200, -1.0, seed=1)]
+    rows += [row("wake_sleep", 100, -7.0), row("wake_sleep", 200, -7.5), row("aevb", 300, -2.0, latent=3)]
+    best = part("figure2").best_bounds(rows)
+    assert best["mnist", 20, "aevb"] == (-8.0, 200)
+    assert best["mnist", 20, "wake_sleep"] == (-7.0, 200)
+    assert best["mnist", 3, "aevb"] == (-2.0, 300)
+    assert part("figure2").best_bounds(rows, part="train")["mnist", 20, "aevb"] == (-7.0, 200)
+
+
+def test_tables_come_back_and_new_rows_replace_old_ones_of_their_keys(tmp_path: Path) -> None:
+    tables = part("tables")
+    rows = [{"method": "aevb", "samples": 100, "bound": -123.4567}, {"method": "mcem", "samples": 5, "acceptance": 0.5}]
+    tables.write_table(tmp_path / "a.csv", rows)
+    assert tables.read_table(tmp_path / "a.csv") == [
+        {"method": "aevb", "samples": 100, "bound": -123.4567, "acceptance": ""},
+        {"method": "mcem", "samples": 5, "bound": "", "acceptance": 0.5},
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+    old, new = [row("aevb", 1, -1.0), row("aevb", 2, -2.0), row("mcem", 1, -3.0)], [row("aevb", 1, -9.0)]
+    assert tables.merge(old, new, ("method",)) == [old[2], *new]
+    assert tables.read_table(tmp_path / "none.csv") == []
+
+
+def test_means_of_log_p_have_both_errors_and_differences_leave_flagged_rows_out() -> None:
+    evidence = part("evidence")
+    rows = [
+        {"value": value, "standard_error": 0.3, "is_flagged": flag} for value, flag in ((-1.0, 0), (-3.0, 0), (-8.0, 1))
+    ]
+    summary = evidence.summarize(rows)
+    assert summary["mean"] == pytest.approx(-4.0)
+    assert summary["monte_carlo_error"] == pytest.approx(math.sqrt(3 * 0.09) / 3)
+    assert summary["rows_error"] == pytest.approx(math.sqrt(13.0 / 3))
+    assert summary["flagged"] == 1
+    exact = [{"value": value, "standard_error": 0.0, "is_flagged": 0} for value in (-1.5, -3.0, -3.0)]
+    difference = evidence.compare(rows, exact)
+    assert (difference["kept"], difference["difference"], difference["largest"]) == (2, pytest.approx(0.25), -5.0)
+    assert difference["difference_all"] == pytest.approx(-1.5)
+
+
+def test_digits_are_drawn_anew_after_each_epoch_and_the_fit_sees_it() -> None:
+    grey = torch.rand(200, 10, generator=torch.manual_seed(0))
+    rebinarizer, seen = part("after").Rebinarizer(grey, seed=1), []
+
+    def model(x: torch.Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(0.0))
+        seen.append(x.clone())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=(scale * z)[:, None].expand(-1, 10)).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0).expand([len(x)]))
+
+    settings = {"batch_size": 200, "compile": False, "seed": 0, "progress": False}
+    AEVB(model, guide).fit(rebinarizer.rows, num_epochs=40, callbacks=[rebinarizer], **settings)
+    epochs = torch.stack([x.sum(0) for x in seen[-40:]])  # every epoch is one batch, in an order of its own
+    assert len(epochs.unique(dim=0)) == 40
+    expected, variance = grey.sum(0), (grey * (1 - grey)).sum(0)
+    assert ((epochs.mean(0) - expected).abs() < 4.5 * (variance / 40).sqrt()).all()
+    assert set(rebinarizer.rows.unique().tolist()) == {0.0, 1.0}
+
+
+def test_the_weights_posterior_enters_by_its_divergence_from_the_prior() -> None:
+    vae = part("full_bayes").BayesianVAE(pixels=6, hidden=5, latent=2, num_data=50, seed=3)
+    x = torch.rand(7, 6, generator=torch.manual_seed(0))
+    bounds = SGVB().bounds(vae.model, vae.guide, x)
+    expected = sum(
+        float(kl_divergence(Normal(vae.locs[name], vae.log_scales[name].exp()), Normal(0.0, 1.0)).sum().detach())
+        for name in ("w1", "b1", "w2", "b2")
+    )
+    assert float(bounds.global_) == pytest.approx(-expected, rel=1e-5)
+
+
+def test_draws_of_the_weights_decode_as_each_draw_alone() -> None:
+    layer = part("full_bayes")._layer
+    weight, bias, x = torch.randn(4, 1, 3, 2), torch.randn(4, 1, 3), torch.randn(4, 6, 2)
+    together = layer(x, weight, bias)
+    for index in range(4):
+        alone = layer(x[index], weight[index, 0], bias[index, 0])
+        torch.testing.assert_close(together[index], alone)
+
+
+def test_the_page_without_tables_says_so(tmp_path: Path) -> None:
+    part("page").write(tmp_path)
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert page.count("No run of this part is in the tables yet.") == 6
+
+
+def test_the_page_tells_of_exceptions_and_of_partial_curves(tmp_path: Path) -> None:
+    rows = [row("aevb", 1_000_000, -120.0), row("wake_sleep", 2_000_000, -119.0), row("wake_sleep", 900_000, -125.0)]
+    rows += [row(method, 3_000_000, bound, latent=3) for method, bound in (("aevb", -140.0), ("wake_sleep", -139.0))]
+    rows = [{**entry, "hidden": 500, "num_train": 50_000, "least_scale": ""} for entry in rows]
+    part("tables").write_table(tmp_path / "figure2.csv", rows)
+    part("page").write(tmp_path)
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "is above wake-sleep's in 1 of 2 panels" in page
+    assert "- The exception: MNIST, N_z = 3." in page
+    assert "| MNIST, N_z = 20 | 1,000,000 (partial) | -120.0 (-119.0) | -125.0 (-124.0) | +5.0 |" in page
+    assert "| MNIST, N_z = 3 | 3,000,000 | -140.0 (-139.0) | -139.0 (-138.0) | -1.0 |" in page
+
+
+def test_the_committed_page_is_that_of_the_committed_tables(tmp_path: Path) -> None:
+    for path in [*PAPER.glob("*.csv"), *PAPER.glob("*.png")]:
+        shutil.copy(path, tmp_path)
+    part("page").write(tmp_path)
+    told = [
+        [line for line in (folder / "README.md").read_text(encoding="utf-8").splitlines() if "Written on" not in line]
+        for folder in (PAPER, tmp_path)
+    ]
+    assert told[0] == told[1]
+
+
+def test_committed_files_are_small() -> None:
+    assert sum(path.stat().st_size for path in PAPER.iterdir() if path.is_file()) < 10 * 2**20
+
+
+@needs_images
+@pytest.mark.parametrize("method", ["aevb", "wake_sleep"])
+def test_a_curve_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, method: str) -> None:
+    train, own = part("curves").train_curve, curve(method=method)
+    whole = train(own, 4_800, tmp_path / "whole", keeps_snapshots=True)
+    (tmp_path / "parts").mkdir()
+    shutil.copy(tmp_path / "whole" / f"{own.name}_rates.csv", tmp_path / "parts")  # chosen on as many samples
+    train(own, 3_600, tmp_path / "parts")
+    taken_up = train(own, 4_800, tmp_path / "parts")
+    names = ("samples", "train_bound", "test_bound")
+    assert [[entry[name] for name in names] for entry in taken_up if entry["samples"] != 3_600] == [
+        [entry[name] for name in names] for entry in whole
+    ]
+    states = [
+        part("curves").read_vae(own, tmp_path / place / f"{own.name}.pt").state_dict() for place in ("whole", "parts")
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    kept = part("contenders").snapshots(own, tmp_path / "whole")
+    assert list(kept) == [0, *(entry["samples"] for entry in whole)]
+    last = part("curves").read_vae(own, kept[whole[-1]["samples"]])
+    images = part("settings").load_images("mnist", 400)
+    assert part("curves").bound_of(last, images.test, seed=1) == whole[-1]["test_bound"]
+
+
+@needs_images
+def test_the_rate_is_the_one_that_starts_best(tmp_path: Path) -> None:
+    curves, tables, own = part("curves"), part("tables"), curve()
+    best = curves.choose_rate(own, 2_000, tmp_path)
+    noted = tables.read_table(tmp_path / f"{own.name}_rates.csv")
+    assert [entry["rate"] for entry in noted] == [0.01, 0.02, 0.1]
+    assert max(noted, key=lambda entry: entry["train_bound"])["rate"] == best
+    assert len({entry["train_bound"] for entry in noted}) == 3
+    tables.write_table(
+        tmp_path / f"{own.name}_rates.csv",
+        [{"rate": 0.02, "train_bound": -1.0}, {"rate": 0.1, "train_bound": -math.inf}],
+    )
+    assert curves.choose_rate(own, 2_000, tmp_path) == 0.02
+
+
+@pytest.mark.slow
+@needs_images
+def test_everything_runs_once_in_small(tmp_path: Path) -> None:
+    main, out = part("__main__").main, tmp_path / "out"
+    settings = ["--quick", "--state", str(tmp_path / "state"), "--out", str(out)]
+    assert main(["all", *settings]) == 0
+    names = {path.name for path in out.iterdir()}
+    pictures = {"figure2.png", "figure3.png", "figure4_mnist.png", "figure4_frey.png", "figure5_z2.png", "variance.png"}
+    assert names >= pictures | {
+        "figure2.csv",
+        "figure3.csv",
+        "estimators.csv",
+        "variance.csv",
+        "full_vb.csv",
+        "after.csv",
+    }
+    page = (out / "README.md").read_text(encoding="utf-8")
+    assert "No run of this part" not in page
+    assert len(re.findall(r"^## ", page, flags=re.MULTILINE)) == 8
+    read = part("tables").read_table
+    for entry in read(out / "figure2.csv"):
+        assert math.isfinite(entry["test_bound"])
+    by_bridge, by_grid = (
+        {(e["method"], e["estimator"]): e["mean"] for e in read(out / "figure3.csv") if e["part"] == "test"}[
+            "aevb", estimator
+        ]
+        for estimator in ("bridge", "quadrature")
+    )
+    assert by_bridge == pytest.approx(by_grid, abs=0.1)
+    before = page
+    assert main(["figure2", "figure3", "page", "--draw", *settings]) == 0  # what the state holds draws the same page
+    drawn = (out / "README.md").read_text(encoding="utf-8")
+    assert drawn == before
+
+
+def test_a_quick_run_may_not_overwrite_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        part("__main__").main(["figure2", "--quick"])
+    assert "give it an --out of its own" in capsys.readouterr().err
