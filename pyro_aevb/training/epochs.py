@@ -253,7 +253,8 @@ class Epochs:
         event = EpochEnd(place.epochs, record, self.module)
         if self.plan.callbacks:
             self.stepper.expect_change()
-        if sum(callback(event) is True for callback in self.plan.callbacks):
+        wants_end = sum(callback(event) is True for callback in self.plan.callbacks) > 0
+        if self.stepper.processes.any(is_true=wants_end):
             result.stopped_by = "callback"
         elif (
             self.plan.patience is not None and place.epochs - (result.best_epoch or place.epochs) >= self.plan.patience
