@@ -150,9 +150,7 @@ class AEVB:
     def partial_fit(
         self, *batch: Any, learning_rate: float = 1e-3, seed: int | None = None, **covariates: Any
     ) -> float:
-        """Take one step of fused Adam on a batch, of rows without end; the optimizer's state is kept between calls.
-
-        A row counts ``num_data / rows`` times beside the globals, whose guide so has the width of a posterior of ``num_data`` rows.
+        """Take one step of fused Adam on a batch; the optimizer's state is kept between calls.
 
         Args:
             *batch: Rows, as positional arguments of the model.
@@ -165,7 +163,7 @@ class AEVB:
 
         Raises:
             NonFiniteError: If too many steps in a row were skipped.
-            DataError: If there are no rows, or tensors differ in their number.
+            DataError: If there are no rows, tensors differ in their number, or rows are outside a site's support or NaN.
             SettingError: If the model has globals and nothing says how many rows there are: ``num_data`` or
                 ``effective_num_data`` of :class:`AEVB`.
         """
@@ -177,8 +175,8 @@ class AEVB:
         with seeded(seed):
             if self._stepper is None:
                 self._stepper = self._start(rows, learning_rate)
-            self._module.count(rows.rows)
-            return self._stepper.step(rows)
+            with self._module.counting(rows.rows):
+                return self._stepper.step(rows)
 
     def _start(self, rows: Batch, learning_rate: float) -> Stepper:
         """Make the parameters and an optimizer for single steps."""

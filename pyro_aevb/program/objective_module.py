@@ -61,6 +61,17 @@ class ObjectiveModule(nn.Module):
         if self.is_growing:
             self.num_data = (self.num_data or 0) + rows
 
+    @contextmanager
+    def counting(self, rows: int) -> Iterator[None]:
+        """Count rows, unless the block fails on them."""
+        before = self.num_data
+        self.count(rows)
+        try:
+            yield
+        except BaseException:
+            self.num_data = before
+            raise
+
     @property
     def model(self) -> PyroProgram:
         """The model, as given."""
