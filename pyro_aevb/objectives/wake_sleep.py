@@ -7,14 +7,22 @@ that convergence is not promised, and what a guide with too small a family learn
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from pyro_aevb._types import Args, GlobalWeights, Kwargs, LocalWeights, Scalar
+from pyro_aevb._types import Args, GlobalWeights, Kwargs, LocalWeights, Scalar, Values
 from pyro_aevb.errors import GuideError, ModelError, SettingError
 from pyro_aevb.objectives.base import Evaluation, Objective, with_value
 from pyro_aevb.program.agreement import check_separable, is_delta
 from pyro_aevb.program.divergence import has_moving_support
 from pyro_aevb.program.importance import ImportanceProgram
-from pyro_aevb.program.observations import ToBatch, check_to_batch, write_observations
+from pyro_aevb.program.observations import (
+    Door,
+    ToBatch,
+    check_to_batch,
+    find_doors,
+    through_doors,
+    write_observations,
+)
 from pyro_aevb.program.particles import ParticleAxes, as_draws
 from pyro_aevb.program.settings import check_count
 from pyro_aevb.weights import Bounds, Terms
@@ -36,7 +44,8 @@ class WakeSleep(Objective):
     :func:`pyro_aevb.fit`, give the ELBO of the wake phase's draws (arXiv 1312.6114, Eq 6), which training does not maximize and
     which needs no dream.
 
-    Guides need no ``rsample``. Costs three runs of the model, one with gradients, and two of the guide, one with gradients.
+    Guides need no ``rsample``. Costs two runs of the model, one with gradients, and two of the guide, one with gradients; and one
+    more of the model for the first batch of a shape.
 
     Args:
         to_batch: Puts simulated values into a batch, for observations that are no views of an argument: from
@@ -67,6 +76,7 @@ class WakeSleep(Objective):
         check_to_batch(to_batch)
         super().__init__(data_plate=data_plate)
         self.to_batch = to_batch
+        self._doors: tuple[Any, dict[str, Door]] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -110,10 +120,25 @@ class WakeSleep(Objective):
             for name, site in records.items()
             if structure.sites[name].kind == "observed"
         }
-        dream = write_observations(program.model, args, kwargs, observed, structure=structure, to_batch=self.to_batch)
+        dream = self._write(program, args, kwargs, observed)
         latents = {name: records[name].value for name in program.guide_sites}
         guide = program.rescore_guide(*dream, axes, latents, is_detached=False)
         return torch.stack([site.log_prob.sum() for site in guide.values()]).sum()
+
+    def _write(self, program: ImportanceProgram, args: Args, kwargs: Kwargs, observed: Values) -> tuple[Args, Kwargs]:
+        """Put a dream into a batch; where the model reads it is found out once for a batch's layout."""
+        if self.to_batch is not None:
+            return write_observations(program.model, args, kwargs, observed, to_batch=self.to_batch)
+        key = (program, _layout(args), tuple(kwargs), _layout(tuple(kwargs.values())))
+        if self._doors is None or self._doors[0] != key:
+            doors = find_doors(program.model, args, kwargs, observed, structure=program.structure)
+            self._doors = key, doors
+        return through_doors(self._doors[1], args, kwargs, observed)
+
+
+def _layout(items: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return sizes and strides of tensors, and whatever else there is, as it is written out."""
+    return tuple((item.shape, item.stride()) if isinstance(item, Tensor) else repr(item) for item in items)
 
 
 class ReweightedWakeSleep(Objective):

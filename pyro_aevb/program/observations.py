@@ -1,7 +1,8 @@
 """Simulated observations go back into a batch through the door that they came from."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from pyro import poutine
@@ -16,7 +17,7 @@ from pyro_aevb.program.reach import find_modules
 from pyro_aevb.program.sites import sample_sites
 from pyro_aevb.program.structure import Structure, read_structure
 
-__all__ = ["ToBatch", "check_to_batch", "write_observations"]
+__all__ = ["Door", "ToBatch", "check_to_batch", "find_doors", "through_doors", "write_observations"]
 
 ToBatch: TypeAlias = Callable[[Values, Args, Kwargs], tuple[Args, dict[str, Any]]]
 """Puts observed values into a batch: from ``(values, args, kwargs)`` to new ``(args, kwargs)``."""
@@ -77,24 +78,96 @@ def write_observations(
     check_to_batch(to_batch)
     if to_batch is not None:
         return _checked(to_batch(values, args, kwargs))
-    structure = structure or read_structure(model, args, kwargs)
+    doors = find_doors(model, args, kwargs, values, structure=structure or read_structure(model, args, kwargs))
+    return through_doors(doors, args, kwargs, values)
+
+
+class Door(NamedTuple):
+    """The view of an argument that a site observes.
+
+    Attributes:
+        argument: Number of the tensor among those of the batch.
+        shape: Sizes of the view.
+        stride: Strides of the view.
+        offset: Where it begins.
+        plates: Sizes of the site's plates, where they are.
+        event: Sizes of the site's event.
+        rows_dim: Dimension of the data plate, from the right; ``None`` outside it.
+    """
+
+    argument: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    plates: tuple[int, ...]
+    event: tuple[int, ...]
+    rows_dim: int | None
+
+
+def find_doors(
+    model: PyroProgram, args: Args, kwargs: Kwargs, names: Collection[str], *, structure: Structure
+) -> dict[str, Door]:
+    """Run a model once on copies of a batch, and find the views of it that sites observe.
+
+    The views are the same for every batch of these shapes, strides and constants, unless the model chooses them by values.
+
+    Args:
+        model: The model.
+        args: A batch of the model, as positional arguments.
+        kwargs: The same, as keyword arguments.
+        names: The sites to be written; sites that the model does not observe are ignored.
+        structure: The model's structure.
+
+    Raises:
+        ModelError: As :func:`write_observations`.
+    """
+    (new_args, new_kwargs), copies = _copied(args, kwargs)
+    with preserved_state(find_modules(model)), torch.no_grad(), explained("model", args, kwargs):
+        nodes = sample_sites(poutine.trace(model).get_trace(*new_args, **new_kwargs))
+    places = {copy.untyped_storage().data_ptr(): number for number, copy in enumerate(copies) if copy.numel()}
+    written = [torch.zeros_like(copy, dtype=torch.bool) for copy in copies]
+    doors = {}
+    for name, node in nodes.items():
+        if node["is_observed"] and name in names:
+            observed = node["value"]
+            argument = _argument(name, observed, places, copies)
+            dim = structure.data_dim if structure.sites[name].is_local else None
+            batch, event = tuple(node["fn"].batch_shape), tuple(node["fn"].event_shape)
+            view = tuple(observed.shape), observed.stride(), int(observed.storage_offset())
+            doors[name] = Door(argument, *view, batch, event, dim)
+            _mark(name, _through(doors[name], written[argument]))
+    return doors
+
+
+def through_doors(doors: Mapping[str, Door], args: Args, kwargs: Kwargs, values: Values) -> tuple[Args, dict[str, Any]]:
+    """Return a batch with values in the place of what sites observe; its tensors share no memory with the given ones.
+
+    Args:
+        doors: Views of a batch of the same shapes and strides.
+        args: The batch, as positional arguments.
+        kwargs: The same, as keyword arguments.
+        values: Values by site, ``[rows, inner plates, *event]``.
+
+    Raises:
+        ModelError: If a value has another shape than what the site observes.
+    """
+    batch, copies = _copied(args, kwargs)
+    for name, door in doors.items():
+        _through(door, copies[door.argument]).copy_(_as_observed(name, door, values[name]))
+    return batch
+
+
+def _copied(args: Args, kwargs: Kwargs) -> tuple[tuple[Args, dict[str, Any]], list[Tensor]]:
+    """Copy a batch, a tensor that is in it twice but once, and list the copies."""
     copies: dict[int, Tensor] = {}
 
     def copy(tensor: Tensor) -> Tensor:
-        fresh = tensor.detach().clone(memory_format=torch.contiguous_format)
-        return copies.setdefault(id(tensor), fresh)
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        return copies[id(tensor)]
 
-    new_args, new_kwargs = tree_map_only(Tensor, copy, (tuple(args), dict(kwargs)))
-    with preserved_state(find_modules(model)), torch.no_grad(), explained("model", args, kwargs):
-        nodes = sample_sites(poutine.trace(model).get_trace(*new_args, **new_kwargs))
-    doors = {tensor.untyped_storage().data_ptr(): tensor for tensor in copies.values() if tensor.numel()}
-    written = {key: torch.zeros_like(tensor, dtype=torch.bool) for key, tensor in doors.items()}
-    for name, node in nodes.items():
-        if node["is_observed"] and name in values:
-            key = _door(name, node["value"], doors)
-            _through(node["value"], doors[key]).copy_(_as_observed(node, values[name], structure))
-            _mark(name, _through(node["value"], written[key]))
-    return new_args, new_kwargs
+    batch = tree_map_only(Tensor, copy, (tuple(args), dict(kwargs)))
+    return batch, list(copies.values())
 
 
 def _checked(batch: Any) -> tuple[Args, dict[str, Any]]:
@@ -106,12 +179,12 @@ def _checked(batch: Any) -> tuple[Args, dict[str, Any]]:
     )
 
 
-def _door(name: str, observed: Any, doors: dict[int, Tensor]) -> int:
-    """Return the storage of the argument that an observed value is a view of."""
+def _argument(name: str, observed: Any, places: dict[int, int], copies: list[Tensor]) -> int:
+    """Return the number of the tensor that an observed value is a view of."""
     is_view = isinstance(observed, Tensor) and observed.numel() > 0
     key = observed.untyped_storage().data_ptr() if is_view else 0
-    if key in doors and doors[key].dtype == observed.dtype and not _repeats(observed):
-        return key
+    if key in places and copies[places[key]].dtype == observed.dtype and not _repeats(observed):
+        return places[key]
     raise ModelError(
         f"The value observed at site {name!r} is not a view of an argument of the model, such as x, x[:, t] or x.view(...): it is "
         f"indexed by a tensor, computed, cast or repeated, so a simulated value can't be written back. Give to_batch=, a function "
@@ -125,31 +198,30 @@ def _repeats(view: Tensor) -> bool:
     return any(stride == 0 and size > 1 for size, stride in zip(view.shape, view.stride(), strict=True))
 
 
-def _as_observed(node: dict[str, Any], value: Tensor, structure: Structure) -> Tensor:
+def _as_observed(name: str, door: Door, value: Tensor) -> Tensor:
     """Lay a value ``[rows, inner plates, *event]`` out as the model observes it, plates where they are."""
-    name, fn, observed = node["name"], node["fn"], node["value"]
-    plates, dim = list(fn.batch_shape), structure.data_dim
-    if structure.sites[name].is_local and dim is not None:
-        plates.insert(0, plates.pop(dim))
-    if value.numel() != observed.numel() or _without_ones(value.shape) != _without_ones((*plates, *fn.event_shape)):
+    plates = list(door.plates)
+    if door.rows_dim is not None:
+        plates.insert(0, plates.pop(door.rows_dim))
+    if value.numel() != math.prod(door.shape) or _without_ones(value.shape) != _without_ones((*plates, *door.event)):
         raise ModelError(
-            f"The value for site {name!r} has shape {list(value.shape)}, expected {[*plates, *fn.event_shape]}, and what the "
-            f"model observes there has {list(observed.shape)}. Give one value for each observed entry, or to_batch=.",
+            f"The value for site {name!r} has shape {list(value.shape)}, expected {[*plates, *door.event]}, and what the "
+            f"model observes there has {list(door.shape)}. Give one value for each observed entry, or to_batch=.",
             site=name,
         )
-    value = value.reshape(*plates, *fn.event_shape)
-    if structure.sites[name].is_local and dim is not None:
-        value = value.movedim(0, len(plates) + dim)
-    return value.reshape(observed.shape)
+    value = value.reshape(*plates, *door.event)
+    if door.rows_dim is not None:
+        value = value.movedim(0, len(plates) + door.rows_dim)
+    return value.reshape(door.shape)
 
 
 def _without_ones(shape: tuple[int, ...]) -> list[int]:
     return [size for size in shape if size > 1]
 
 
-def _through(view: Tensor, tensor: Tensor) -> Tensor:
-    """Return the same view of another tensor of the same layout."""
-    return torch.as_strided(tensor, view.shape, view.stride(), view.storage_offset())
+def _through(door: Door, tensor: Tensor) -> Tensor:
+    """Return a door's view of a tensor of the batch's layout."""
+    return torch.as_strided(tensor, door.shape, door.stride, door.offset)
 
 
 def _mark(name: str, written: Tensor) -> None:

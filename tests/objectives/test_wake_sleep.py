@@ -450,3 +450,31 @@ def test_a_model_that_draws_its_own_rows_can_not_dream() -> None:
 def test_too_few_importance_samples_are_refused(count: int) -> None:
     with pytest.raises(SettingError, match="at least"):
         ReweightedWakeSleep(count)
+
+
+def test_where_a_dream_goes_is_found_out_for_each_layout_of_a_batch():
+    """One objective serves batches of other lengths, strides and constants, whose views differ."""
+
+    def model(x, column):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1e-4), obs=x[:, column])
+
+    seen = []
+
+    def guide(x, column):
+        seen.append(x.clone())
+        slope = pyro.param("slope", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope * x[:, column], 1.0))
+
+    objective = WakeSleep()
+    batches = [(torch.zeros(5, 3), 0), (torch.zeros(5, 3), 2), (torch.zeros(4, 3), 2), (torch.zeros(3, 4).T, 1)]
+    for x, column in [*batches, *batches]:
+        objective.differentiable_loss(model, guide, x, column)
+        dream = seen[-1]
+        assert dream.shape == x.shape
+        assert [bool(dream[:, other].any()) for other in range(x.shape[1])] == [
+            other == column for other in range(x.shape[1])
+        ]
+        assert not x.any()
