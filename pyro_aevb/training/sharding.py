@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
 from pyro_aevb.errors import SettingError
 from pyro_aevb.program.batch import take_rows
@@ -196,10 +196,11 @@ class _DividedLoader(_OwnOrder):
 
 def _divide(loader: DataLoader[Any], processes: Processes) -> Any:
     """Let Fabric give a loader a sampler of this process's rows, unless it has one."""
-    if type(loader.batch_sampler) is not BatchSampler or not hasattr(loader.sampler, "__len__"):
+    if loader.batch_size is None or not hasattr(loader.sampler, "__len__"):
+        how = "a batch_sampler or whole batches as items" if loader.batch_size is None else "a sampler without a length"
         raise SettingError(
-            f"The DataLoader draws its batches by a {type(loader.batch_sampler).__name__}, which {processes.count} processes can't "
-            f"divide. Give the Dataset itself with batch_size=, or a DataLoader with a sampler and a batch_size."
+            f"The DataLoader has {how}, which {processes.count} processes can't divide. Give the Dataset itself with batch_size=, "
+            f"or a DataLoader with a batch_size and a sampler of known length."
         )
     fabric: Any = processes.fabric
     return fabric.setup_dataloaders(loader, move_to_device=False)
