@@ -98,9 +98,13 @@ class Follower:
         images = load_images(self.curve.data, self.curve.num_train)
         train = images.train[:_EVALUATED_ROWS]
         bounds = {"train_bound": bound_of(self.vae, train), "test_bound": bound_of(self.vae, images.test, seed=1)}
-        if isinstance(self.vae, FaceVAE):
-            with torch.no_grad():
-                bounds["least_scale"] = float(self.vae.decode(self.vae.encoder(train).chunk(2, -1)[0])[1].min())
+        with torch.no_grad():
+            loc, log_variance = self.vae.encoder(train).chunk(2, -1)
+            # what the encoder tells of a row: the KL of App. B, whose mean is 0 where latents are dead
+            kl = (loc.square() + log_variance.exp() - log_variance - 1).sum(-1) / 2
+            bounds["train_kl"] = float(kl.double().mean())
+            if isinstance(self.vae, FaceVAE):
+                bounds["least_scale"] = float(self.vae.decode(loc)[1].min())
         return bounds
 
 
@@ -146,7 +150,7 @@ def _points(result: FitResult) -> list[Row]:
     for record in result.history:
         seconds += record["seconds"]
         if "samples" in record:
-            names = ("train_bound", "test_bound", "least_scale")
+            names = ("train_bound", "test_bound", "train_kl", "least_scale")
             bounds = {name: record[name] for name in names if name in record}
             rows.append({"samples": int(record["samples"]), **bounds, "seconds": seconds})
     return rows

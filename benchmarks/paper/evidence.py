@@ -15,7 +15,7 @@ from benchmarks.paper.tables import Row, read_table, write_table
 from pyro_aevb import log_marginal
 from pyro_aevb.errors import AEVBWarning
 
-__all__ = ["ESTIMATORS", "compare", "summarize", "weigh"]
+__all__ = ["ESTIMATORS", "compare", "settings_of", "summarize", "weigh"]
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "reciprocal": {"preset": "paper"},
@@ -24,12 +24,23 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "quadrature": {},
 }
 """Settings of each; ``"reciprocal"`` is the paper's App. D, 50 draws by HMC of 4 leapfrog steps."""
-_QUICK = {"reciprocal": {"preset": "paper"}, "ais": {"start": "prior", "num_temperatures": 50}}
+_FEW_DRAWS = {"num_draws": 50, "warmup_steps": 50}
+_QUICK: dict[str, dict[str, Any]] = {
+    "reciprocal": {"preset": "paper", **_FEW_DRAWS},
+    "bridge": _FEW_DRAWS,
+    "ais": {"start": "prior", "num_temperatures": 50},
+    "quadrature": {"max_evaluations": 60_000},
+}
 _ROWS_AT_ONCE = 100
 
 
 def _path(job: Job, curve: Curve, samples: int, part: str, estimator: str) -> Path:
     return job.state / "evidence" / f"{curve.name}_{samples}_{part}_{estimator}.csv"
+
+
+def settings_of(job: Job, estimator: str) -> dict[str, Any]:
+    """Return the settings of an estimator, poorer ones for a quick run."""
+    return (_QUICK if job.is_quick else ESTIMATORS)[estimator]
 
 
 def weigh(job: Job, curve: Curve, samples: int, part: str, estimator: str, *, num_rows: int) -> list[Row]:
@@ -52,13 +63,14 @@ def weigh(job: Job, curve: Curve, samples: int, part: str, estimator: str, *, nu
         return rows[:num_rows]
     vae = read_vae(curve, snapshots(curve, job.state)[samples])
     x = getattr(load_images(curve.data, curve.num_train), part)[:num_rows]
-    settings = (_QUICK if job.is_quick else {}).get(estimator, ESTIMATORS[estimator])
     while len(rows) < len(x):
         begin, place = time.perf_counter(), len(rows)
         chunk = x[place : place + _ROWS_AT_ONCE]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AEVBWarning)  # flagged rows are counted in the table
-            found = log_marginal(vae.model, None, chunk, method=estimator, seed=place, progress=False, **settings)
+            found = log_marginal(
+                vae.model, None, chunk, method=estimator, seed=place, progress=False, **settings_of(job, estimator)
+            )
         columns = zip(found.value.tolist(), found.standard_error.tolist(), found.is_flagged.int().tolist(), strict=True)
         rows += [dict(zip(("value", "standard_error", "is_flagged"), entry, strict=True)) for entry in columns]
         write_table(path, rows)

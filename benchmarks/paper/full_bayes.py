@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from torch.optim import Adagrad
 
 from benchmarks.paper.curves import Adagrads, write_state
+from benchmarks.paper.evidence import settings_of
 from benchmarks.paper.models import make_vae
 from benchmarks.paper.settings import BATCH_SIZE, INITIAL_SD, RATES, Curve, Job, load_images
 from benchmarks.paper.tables import Row, merge, read_table, write_table
@@ -114,9 +115,8 @@ def _measure(job: Job, kind: str) -> Row:
     draws = (2 if job.is_quick else _GLOBAL_DRAWS) if kind == "full_vb" else 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AEVBWarning)  # flagged rows are counted in the table
-        found = log_marginal(
-            vae.model, vae.guide, test, method="bridge", num_global_samples=draws, seed=0, progress=False
-        )
+        settings = {"num_global_samples": draws, "seed": 0, "progress": False, **settings_of(job, "bridge")}
+        found = log_marginal(vae.model, vae.guide, test, method="bridge", **settings)
     row = {
         "kind": kind,
         "rate": rate,
