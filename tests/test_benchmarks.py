@@ -200,3 +200,22 @@ def test_the_peers_are_the_same_model(bench: ModuleType) -> None:
     error = math.sqrt((ours.var() + bound.var()).item() / len(x))
     assert abs(ours.mean() - bound.mean()) < 4 * error
     assert weighted.mean() > bound.mean()
+
+
+def test_rows_on_disk_take_little_memory(bench: ModuleType) -> None:
+    result = module("large").run(quick=True)
+    assert [
+        row for row in result.missed if row.quantity != "slowest tenth against the middle one"
+    ] == []  # times are no tests
+    assert [row.is_met for row in result.rows if row.bar].count(True) >= 3
+
+
+@pytest.mark.slow
+def test_a_million_rows_on_disk_take_little_memory(bench: ModuleType) -> None:
+    """A tenth of the 10,000,000 rows of the benchmark; what is this process's own does not grow with them."""
+    large = module("large")
+    few, many = (large._apart(rows) for rows in (100_000, 1_000_000))
+    assert many.fit_memory.total < 1.5
+    assert many.fit_memory.own < few.fit_memory.own + 0.1
+    assert many.export_memory.own < few.export_memory.own + 0.1
+    assert many.error < 1
