@@ -92,6 +92,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     columns = max(len({row["latent"] for row in first if row["data"] == data}) for data in LATENTS)
     if not columns:
         return
+    most = max(row["samples"] for row in first)
     figure, axes = panels(2, columns)
     for line, data in enumerate(LATENTS):
         latents = sorted({row["latent"] for row in first if row["data"] == data})
@@ -101,9 +102,9 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
                 part = [row for row in first if (row["data"], row["latent"], row["method"]) == (data, latent, method)]
                 draw_both(ax, sorted(part, key=lambda row: row["samples"]), method, METHODS[method])
             ax.set_title(f"{_NAMES[data]}, $N_z$ = {latent}", fontsize=9)
-            ax.set_ylim(*((-150, -100) if data == "mnist" else (0, 1600)))
-            if max(ax.dataLim.x1, 0) > 2 * _SHOWN_FROM:
-                ax.set_xlim(left=_SHOWN_FROM)
+            ax.set_ylim(*((-175, -100) if data == "mnist" else (0, 1600)))
+            if most > 2 * _SHOWN_FROM:
+                ax.set_xlim(_SHOWN_FROM, 1.1 * most)
             ax.set_xlabel("training samples evaluated", fontsize=8)
         for ax in own[len(latents) :]:
             ax.set_visible(False)

@@ -109,6 +109,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
                         *zip(*points, strict=True), style, marker=".", color=COLOURS[method], label=f"{name}, {part}"
                     )
         ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(lambda value, place: "")
         ax.set_title(f"$N_{{train}}$ = {num_train:,}", fontsize=10)
         ax.set_xlabel("training samples evaluated", fontsize=9)
     axes[0].set_ylabel("log p(x), by bridge sampling (nats a row)", fontsize=9)

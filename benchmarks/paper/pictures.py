@@ -37,6 +37,7 @@ def draw_both(ax: "Axes", rows: Sequence[Row], method: str, label: str, column: 
         values = [row[f"{part}_{column}"] for row in rows]
         ax.plot(samples, values, style, color=COLOURS[method], linewidth=1.3, label=f"{label}, {part}")
     ax.set_xscale("log")
+    ax.xaxis.set_minor_formatter(lambda value, place: "")  # labels of parts of a decade would overlap
 
 
 def save(figure: "Figure", path: Path) -> None:
