@@ -24,12 +24,12 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "quadrature": {},
 }
 """Settings of each; ``"reciprocal"`` is the paper's App. D, 50 draws by HMC of 4 leapfrog steps."""
-_FEW_DRAWS = {"num_draws": 50, "warmup_steps": 50}
+_FEW_DRAWS = {"num_draws": 30, "warmup_steps": 30, "compile": False}
 _QUICK: dict[str, dict[str, Any]] = {
     "reciprocal": {"preset": "paper", **_FEW_DRAWS},
     "bridge": _FEW_DRAWS,
-    "ais": {"start": "prior", "num_temperatures": 50},
-    "quadrature": {"max_evaluations": 60_000},
+    "ais": {"start": "prior", "num_temperatures": 50, "compile": False},
+    "quadrature": {"max_evaluations": 60_000, "compile": False},
 }
 _ROWS_AT_ONCE = 100
 
