@@ -179,6 +179,8 @@ def export_posterior(
     check_count("num_samples", num_samples)
     check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, export_posterior)
+    if not isinstance(path, str | Path):
+        raise SettingError(f"path must name a file, got {path!r}.")
     batch, covariates = as_tensors(batch, covariates)
     with inferring(seed, model, guide):
         rows = Rows(model, guide, batch, covariates, data_plate)

@@ -27,8 +27,12 @@ from pyro_aevb import (
     AEVB,
     IWELBO,
     SGVB,
+    AutoAmortizedNormal,
+    ConvEncoder,
     LogDensity,
+    MLPEncoder,
     bdmc,
+    export_posterior,
     fit,
     hmc_posterior,
     log_marginal,
@@ -539,7 +543,140 @@ FILES = {
     ),
 }
 
-CASES = MODELS | GUIDES | DATA | SETTINGS | EVIDENCE | FILES
+
+def stepping(*batches, **settings):
+    """Take a step on each batch, the first ones right."""
+
+    def step(model, guide, folder):
+        vi = AEVB(model, guide, **settings)
+        for batch in batches:
+            vi.partial_fit(batch)
+
+    return step
+
+
+def training(data, **settings):
+    """Fit without a batch size, which an iterator has by itself."""
+    return lambda model, guide, folder: AEVB(model, guide).fit(data(), progress=False, **settings)
+
+
+def encoding(encoder, **settings):
+    return lambda model, guide, folder: AEVB(model, AutoAmortizedNormal(model, encoder=encoder, **settings)).embed(X)
+
+
+def drawing_chains(data=X, **settings):
+    return lambda model, guide, folder: hmc_posterior(model, data, progress=False, **settings)
+
+
+HALF = torch.ones_like(X, dtype=torch.bool)
+MASKED = np.ma.masked_array(X.numpy(), mask=X.numpy() > 0)
+STREAMS = {
+    "a step on no rows": Case(stepping(X[:0]), DataError, r"no rows.*float32 \[0, 4\]"),
+    "a step on nothing": Case(wrapped("partial_fit"), DataError, "no rows"),
+    "a step on text": Case(stepping("rows"), DataError, "argument 0, got str"),
+    "a step on a list of numbers": Case(stepping([1.0, 2.0]), DataError, "argument 0, got list"),
+    "a step on one number": Case(stepping(torch.tensor(1.0)), DataError, r"no rows.*float32 \[\]"),
+    "a step on NaN": Case(stepping(NAN_IN_ROW_3), DataError, "NaN or infinity in argument 0"),
+    "a step on rows of another width": Case(stepping(X[:, :3]), ModelError, r"float32 \[30, 3\]"),
+    "a step on a row that is no row": Case(stepping(X[0]), ModelError, r"float32 \[4\]"),
+    "a step on unequal lengths": Case(
+        lambda model, guide, folder: AEVB(model, guide).partial_fit(X, X[:4]), DataError, r"\{0: 30, 1: 4\}"
+    ),
+    "a step on complex numbers": Case(stepping(X.to(torch.complex64)), ModelError, "complex64"),
+    "a step on a sparse tensor": Case(stepping(X.to_sparse()), DataError, r"dense.*sparse_coo.*to_dense"),
+    "a learning rate below 0": Case(
+        wrapped("partial_fit", X, learning_rate=-1.0), SettingError, "learning_rate.*got -1"
+    ),
+    "a seed below 0": Case(wrapped("partial_fit", X, seed=-1), SettingError, "seed must be an integer.*got -1"),
+    "an unknown number of rows": Case(stepping(X, num_data="shrinking"), SettingError, "'growing'.*got 'shrinking'"),
+    "part of a row": Case(stepping(X, num_data=2.5), SettingError, "num_data.*got 2.5"),
+    "no effective rows": Case(stepping(X, effective_num_data=0), SettingError, "effective_num_data.*got 0"),
+    "two numbers of rows": Case(stepping(X, num_data=30, effective_num_data=30), SettingError, "one of the two"),
+    "an empty iterator": Case(training(lambda: iter([])), DataError, "no batch with rows.*anew"),
+    "an iterator of text": Case(training(lambda: iter("rows")), DataError, "argument 0, got str"),
+    "a batch size of an iterator": Case(
+        training(lambda: iter([X]), batch_size=3), SettingError, "batch_size=3.*IterableDataset"
+    ),
+    "held-out data of an iterator": Case(
+        training(lambda: X, validation=iter([X])), SettingError, "iterator lasts for one.*validation="
+    ),
+    "part of a batch": Case(fitting(batch_size=2.5), SettingError, "batch_size.*got 2.5"),
+    "no data": Case(fitting(None), DataError, "argument 0, got NoneType"),
+    "numbers in lists": Case(fitting([[1.0, 2.0]]), DataError, "argument 0, got list"),
+    "a sparse tensor": Case(fitting(X.to_sparse()), DataError, "dense.*sparse_coo"),
+    "a tensor without numbers": Case(fitting(X.to("meta")), DataError, "meta device"),
+    "an array of words": Case(fitting(np.array(["a"] * 30)), DataError, "argument 0.*<U1"),
+    "a masked array": Case(fitting(MASKED), DataError, "masked array as argument 0.*obs_mask"),
+    "an argument that the model does not have": Case(fitting({"y": X}), ModelError, "unexpected keyword argument 'y'"),
+    "one argument too many": Case(fitting((X, X)), ModelError, "positional arguments"),
+}
+REST = {
+    "a masked array of rows to draw": Case(wrapped("posterior", MASKED), DataError, "masked array"),
+    "sparse rows to draw": Case(drawing(X.to_sparse()), DataError, "dense.*sparse_coo"),
+    "rows to draw that are none": Case(drawing(None), ModelError, "0: None.*tensors or numpy arrays"),
+    "part of a draw": Case(drawing(num_samples=2.5), SettingError, "num_samples.*got 2.5"),
+    "infinity in rows to weigh": Case(weighing(INF_IN_ROW_17), DataError, "argument 0, row 17"),
+    "a number as method": Case(weighing(method=3), SettingError, "Unknown method 3.*'importance'"),
+    "a comparison with an unknown sampler": Case(
+        wrapped("compare", X, against="gibbs"), SettingError, "'hmc', 'nuts', got 'gibbs'"
+    ),
+    "a comparison of no rows": Case(wrapped("compare", X[:0]), DataError, "no rows"),
+    "a comparison of rows with NaN": Case(
+        wrapped("compare", NAN_IN_ROW_17), DataError, "NaN or infinity in argument 0"
+    ),
+    "misspelt setting of compare": Case(wrapped("compare", X, ledgers=True), SettingError, "'ledgers'.*'ledger'"),
+    "misspelt setting of compare's chains": Case(
+        wrapped("compare", X, sampling={"num_chain": 4}), SettingError, "'num_chain'.*'num_chains'"
+    ),
+    "a mask of another shape": Case(wrapped("impute", X, observed=HALF[:3]), DataError, r"\[3, 4\].*'x' \[30, 4\]"),
+    "a mask of numbers": Case(wrapped("impute", X, observed=torch.rand(30, 4)), DataError, "boolean.*float32"),
+    "a mask in words": Case(wrapped("impute", X, observed="all"), DataError, "boolean tensor.*'all'"),
+    "nothing to impute": Case(wrapped("impute", X), SettingError, "Nothing says what is missing"),
+    "imputations below 1": Case(wrapped("impute", X, observed=HALF, num_samples=0), SettingError, "num_samples.*got 0"),
+    "no rows to impute": Case(wrapped("impute", X[:0], observed=HALF[:0]), DataError, "no rows"),
+    "no chains": Case(drawing_chains(num_chains=0), SettingError, "num_chains.*got 0"),
+    "an odd number of chains": Case(drawing_chains(num_chains=3), SettingError, "even integer.*got 3"),
+    "no draws of chains": Case(drawing_chains(num_samples=0), SettingError, "num_samples.*got 0"),
+    "an unknown trajectory": Case(drawing_chains(trajectory="nuts"), SettingError, "jittered, chees; got 'nuts'"),
+    "misspelt setting of chains": Case(drawing_chains(num_chain=4), SettingError, "'num_chain'.*'num_chains'"),
+    "NaN for chains": Case(drawing_chains(NAN_IN_ROW_17), DataError, "row 17.*site 'x'"),
+    "text for chains": Case(drawing_chains("rows"), ModelError, "'x' has the value 'rows'"),
+    "an encoder that is none": Case(encoding("mlp"), SettingError, "nn.Module.*got str"),
+    "an encoder of another width": Case(encoding(nn.Linear(3, 8)), GuideError, r"encoder Linear failed.*\[30, 4\]"),
+    "an encoder that mixes rows": Case(
+        encoding(nn.Flatten(0)), GuideError, r"must return \[30, 'features'\].*got \[120\]"
+    ),
+    "an encoder of an unknown site": Case(encoding({"w": nn.Linear(4, 8)}), GuideError, r"\['w'\].*\['z'\]"),
+    "an initial scale below 0": Case(encoding(None, init_scale=-1.0), SettingError, "init_scale.*got -1.0"),
+    "an unknown guide of globals": Case(
+        encoding(None, global_guide="laplace"), SettingError, "global_guide.*'laplace'"
+    ),
+    "an encoder of nothing": Case(making(MLPEncoder, 0), SettingError, r"event_shape.*\(0,\)"),
+    "images without height": Case(making(ConvEncoder, 0), SettingError, r"event_shape.*\(0,\)"),
+    "a weight of the KL below 0": Case(making(SGVB, kl_weight=-1.0), SettingError, "kl_weight.*got -1.0"),
+    "a weight of the KL in words": Case(making(SGVB, kl_weight="full"), SettingError, "kl_weight.*got 'full'"),
+    "free bits that are NaN": Case(making(SGVB, free_bits=float("nan")), SettingError, "free_bits.*got nan"),
+    "part of a particle": Case(making(SGVB, 1.5), SettingError, "num_particles.*got 1.5"),
+    "an objective in words": Case(fitting(objective=lambda: "elbo"), SettingError, "str has no differentiable_loss"),
+    "an objective that is a class": Case(fitting(objective=lambda: SGVB), SettingError, "has no differentiable_loss"),
+    "a model that is none": Case(lambda model, guide, folder: AEVB(None), SettingError, "got None"),
+    "a folder as file": Case(
+        lambda model, guide, folder: AEVB(model, guide).save(folder), FileError, "Could not write"
+    ),
+    "a folder as file of draws": Case(
+        lambda model, guide, folder: export_posterior(model, guide, X, path=folder, num_samples=2, seed=0),
+        FileError,
+        "Could not write",
+    ),
+    "a file of draws without a name": Case(
+        lambda model, guide, folder: export_posterior(model, guide, X, path=None), SettingError, "path.*got None"
+    ),
+    "a template of text": Case(
+        lambda model, guide, folder: simulate(model, "rows"), ModelError, "'x' has the value 'rows'"
+    ),
+}
+
+CASES = MODELS | GUIDES | DATA | SETTINGS | EVIDENCE | FILES | STREAMS | REST
 
 
 def state_of(*programs):

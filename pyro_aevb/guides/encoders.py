@@ -113,13 +113,13 @@ class ConvEncoder(nn.Module):
         self, event_shape: Sequence[int], num_features: int = 64, *, channels: Sequence[int] = (32, 64)
     ) -> None:
         super().__init__()
-        self.event_shape = tuple(event_shape)
+        self.event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
         self.num_features = num_features
         _check_sizes(event_shape=self.event_shape, num_features=num_features, channels=channels)
         if len(self.event_shape) != 3 or min(self.event_shape[1:]) < 4 or not channels:
             raise SettingError(
                 f"ConvEncoder reads images [channels, height, width] of at least 4 by 4 pixels with at least one convolution, got "
-                f"event_shape={list(event_shape)} and channels={list(channels)}. Use MLPEncoder for other events."
+                f"event_shape={list(self.event_shape)} and channels={list(channels)}. Use MLPEncoder for other events."
             )
         height, width = (math.ceil(size / 2 ** len(channels)) for size in self.event_shape[1:])
         pairs = pairwise([self.event_shape[0], *channels])

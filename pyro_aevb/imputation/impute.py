@@ -20,6 +20,7 @@ from pyro_aevb.imputation.sampler import Sampler
 from pyro_aevb.program.observations import ToBatch, write_observations
 from pyro_aevb.program.rows import Rows, inferring
 from pyro_aevb.program.settings import check_count, check_covariates
+from pyro_aevb.randomness import preserved_rng
 
 __all__ = ["impute"]
 
@@ -122,7 +123,8 @@ def impute(
     check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, impute)
     with inferring(seed, model, guide):
-        missing = read_missing(model, batch, covariates, observed, data_plate)
+        with preserved_rng():  # a mask that is refused leaves the generators too
+            missing = read_missing(model, batch, covariates, observed, data_plate)
         method = _choose(method, missing)
         args, kwargs = batch, covariates
         if method == "gibbs":

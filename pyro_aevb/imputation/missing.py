@@ -194,7 +194,10 @@ def _known(
 
 def _as_mask(mask: Any) -> Tensor:
     """Accept boolean arrays."""
-    tensor = torch.as_tensor(mask)
+    try:
+        tensor = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"observed= must be a boolean tensor, or {{site: tensor}}; got {mask!r}.") from error
     if tensor.dtype != torch.bool:
         raise DataError(
             f"observed= must be boolean, True where an entry is known; got {str(tensor.dtype).removeprefix('torch.')}. Write "

@@ -1,7 +1,9 @@
 """Stochastic gradient variational Bayes: the evidence lower bound of arXiv 1312.6114."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -116,8 +118,9 @@ class SGVB(Objective):
                 f"free_bits holds the KL back by the derivative of a maximum, which gradient='score' doesn't take; got "
                 f"free_bits={free_bits!r}. Use gradient='reparam' or 'stl'."
             )
-        if free_bits < 0 or (not callable(kl_weight) and kl_weight < 0):
-            raise SettingError(f"kl_weight and free_bits must be at least 0, got {kl_weight!r} and {free_bits!r}.")
+        for name, value in (("free_bits", free_bits), ("kl_weight", 1.0 if callable(kl_weight) else kl_weight)):
+            if not isinstance(value, Real) or not 0 <= value < math.inf:
+                raise SettingError(f"{name} must be a number of at least 0, got {value!r}.")
         self.kl = kl
         self.gradient = gradient
         self.kl_weight = kl_weight

@@ -12,18 +12,33 @@ from torch import Tensor
 from pyro_aevb._types import Args, Kwargs
 from pyro_aevb.errors import AEVBError, DataError, ModelError
 
-__all__ = ["as_tensors", "batch_rows", "describe_batch", "explained", "take_rows", "to_tensor"]
+__all__ = ["as_tensors", "batch_rows", "check_dense", "describe_batch", "explained", "take_rows", "to_tensor"]
 
 
 def as_tensors(args: Args, kwargs: Kwargs) -> tuple[Args, dict[str, Any]]:
     """Turn a batch's numpy arrays to tensors, which share their memory."""
 
     def convert(name: int | str, item: Any) -> Any:
+        if isinstance(item, Tensor):
+            check_dense(item, f"argument {name}")
         return to_tensor(item, f"argument {name}") if isinstance(item, np.ndarray) else item
 
     return tuple(convert(*named) for named in enumerate(args)), {
         name: convert(name, item) for name, item in kwargs.items()
     }
+
+
+def check_dense(tensor: Tensor, name: str) -> None:
+    """Refuse tensors whose rows can't be taken by index: sparse, nested, quantized, or without numbers.
+
+    Raises:
+        DataError: Saying which.
+    """
+    kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+        raise DataError(f"Expected a dense tensor as {name}, got one that is {kind}: give .to_dense(), or padded rows.")
+    if tensor.is_meta:
+        raise DataError(f"Expected numbers as {name}, got a tensor on the meta device, which has none.")
 
 
 def to_tensor(array: np.ndarray, name: str) -> Tensor:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, Values
 from pyro_aevb.errors import AEVBError, DataError, ModelError, NonFiniteError
-from pyro_aevb.program.batch import batch_rows, explained, take_rows
+from pyro_aevb.program.batch import batch_rows, check_dense, explained, take_rows
 from pyro_aevb.program.importance import ImportanceProgram, find_non_finite
 from pyro_aevb.program.parameters import evaluating, preserved_param_store
 from pyro_aevb.program.particles import ParticleAxes, Records
@@ -170,6 +170,8 @@ def read_rows(
         ModelError: If the model is not supported.
     """
     lengths = {name: len(item) for name, item in _data_tensors(args, kwargs).items()}
+    for name, item in _data_tensors(args, kwargs).items():
+        check_dense(item, f"argument {name}")
     if 0 in lengths.values():
         raise DataError(f"The batch has no rows: expected at least one, got lengths {lengths}.")
     if data_plate is not None and len(set(lengths.values())) > 1:

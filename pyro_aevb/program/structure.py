@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from pyro import poutine
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution
@@ -356,6 +357,11 @@ def _check_site(site: Site, node: dict[str, Any]) -> None:
 def _check_density(site: Site, node: dict[str, Any]) -> None:
     """Refuse a NaN log density that no mask drops, and say whether the data or the model made it."""
     value, mask = unmasked_value(node), value_mask(node)
+    if not isinstance(value, Tensor):
+        raise ModelError(
+            f"Site {site.name!r} has the value {value!r}, expected a tensor: give tensors or arrays as data, tensors as obs=.",
+            site=site.name,
+        )
     if node["is_observed"] and not torch.isfinite(value).all():
         count = int((~torch.isfinite(value)).sum())
         raise DataError(

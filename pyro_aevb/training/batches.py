@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_aevb.errors import DataError, SettingError
-from pyro_aevb.program.batch import describe_batch, to_tensor
+from pyro_aevb.program.batch import check_dense, describe_batch, to_tensor
 from pyro_aevb.randomness import preserved_rng
 
 __all__ = ["Batch", "BatchSource", "as_batch", "check_batch", "check_lengths", "check_skip"]
@@ -113,6 +113,7 @@ def as_batch(data: Any) -> Batch:
 
 def _as_tensor(name: int | str, item: Any) -> Tensor:
     if isinstance(item, Tensor):
+        check_dense(item, f"argument {name}")
         return item.detach()  # data are constants: a graph behind them would be walked, and consumed, at each step
     if isinstance(item, np.ndarray):
         return to_tensor(item, f"argument {name}")

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_aevb.errors import DataError, SettingError
+from pyro_aevb.program.settings import check_count
 from pyro_aevb.training.batches import Batch, BatchSource, as_batch, check_lengths, check_skip
 from pyro_aevb.training.streaming import IteratorSource, filled
 
@@ -208,7 +209,8 @@ def _check_batch_size(batch_size: int | None, num_rows: int) -> int:
     """Return the batch size, the paper's 100 where none is given."""
     if batch_size is None:
         return min(DEFAULT_BATCH_SIZE, num_rows)
-    if not 1 <= batch_size <= num_rows:
+    check_count("batch_size", batch_size)
+    if batch_size > num_rows:
         raise SettingError(f"batch_size must lie between 1 and the number of rows, {num_rows}; got {batch_size}.")
     return batch_size
 
