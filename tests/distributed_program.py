@@ -360,7 +360,7 @@ def check_compiled(fabric):
     for name in (True, False):
         vi = AEVB(Latent().model, objective=SGVB())
         settings = {"num_epochs": 4, "batch_size": 10, "seed": 0, "learning_rate": 0.01, "progress": False}
-        result = vi.fit(latent_rows(45).double(), fabric=fabric, compile=name, **settings)
+        result = vi.fit(latent_rows(45), fabric=fabric, compile=name, **settings)
         own = {key: item.detach().clone() for key, item in vi.module.named_parameters()}
         found[name] = {"parameters": own, "execution": result.execution}
     return found

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from pyro_aevb.training.data import as_source
 from pyro_aevb.training.sharding import share
 
 SCRIPT = Path(program.__file__)
+EXAMPLE = str(SCRIPT.parents[1] / "examples" / "distributed.py")
 ALONE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 SECONDS_TO_END = 60
 """Within which a process must have ended once another has; it takes about a second."""
@@ -208,23 +210,47 @@ def compare_with_one(found, check, door):
         torch.testing.assert_close(value, found[1][check][door][0][name], rtol=0.0, atol=0.0, equal_nan=True)
 
 
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    return run_both("slow", tmp_path_factory.mktemp("slow"))
+
+
 @pytest.mark.slow
 class TestSlow:
-    @pytest.fixture(scope="class")
-    def slow(self, tmp_path_factory):
-        return run_both("slow", tmp_path_factory.mktemp("slow"))
-
     def test_compiled_steps_give_the_numbers_of_eager_ones(self, slow):
         for own in slow:
             compiled, eager = own["compiled"][True], own["compiled"][False]
             assert compiled["execution"].startswith("compiled: loss and gradient")
             for name, value in compiled["parameters"].items():
-                torch.testing.assert_close(value, eager["parameters"][name], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(value, eager["parameters"][name], rtol=1e-3, atol=1e-4)
                 assert torch.equal(value, slow[1]["compiled"][True]["parameters"][name])
 
     @pytest.mark.parametrize("door", ["ais", "hmc", "hmc, learned length"])
     def test_chains_are_those_of_one_process(self, slow, door):
         compare_with_one(slow, "chains", door)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("fabric", "run", "--accelerator=cpu", "--devices=2", "--strategy=ddp", EXAMPLE),
+        ("torchrun", "--nproc_per_node=2", EXAMPLE, "--accelerator=cpu"),
+        ("python", EXAMPLE, "--accelerator=cpu", "--devices=2"),
+        ("python", EXAMPLE, "--accelerator=cpu"),
+    ],
+    ids=["fabric run", "torchrun", "by itself", "one process"],
+)
+def test_the_example_runs(launcher):
+    command = [Path(sys.executable).parent / launcher[0], *launcher[1:], "--groups=1000", "--epochs=60"]
+    done = subprocess.run(command, env=os.environ | ALONE, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    count = 2 if any("2" in flag for flag in launcher[1:] if flag is not EXAMPLE) else 1
+    assert done.stdout.count(f"{count} processes: FitResult") == 1
+    mu, tau = (float(re.search(rf"^{name}: (\S+)", done.stdout, re.MULTILINE)[1]) for name in ("mu", "tau"))
+    # 1,000 groups of spread 2 tell their mean to 0.07 and their spread to 0.05, the guide within as much again
+    assert abs(mu - 1.0) < 0.4
+    assert abs(tau - 2.0) < 0.4
 
 
 @pytest.mark.slow
