@@ -112,7 +112,7 @@ def explained(what: str, args: Args, kwargs: Kwargs) -> Iterator[None]:
             0
         ]  # Pyro's table of all sites is in the error that this one comes from
         hint = "check that the batch has the shapes that the program expects"
-        if "dtype" in text or "expected scalar type" in text or "Float but" in text:
+        if any(word in text for word in ("dtype", "expected scalar type", "Float but", "bool tensor")):
             hint = "convert the argument with .float() or to the dtype of the program's parameters"
         foreign = [
             f"{name} is a {type(item).__name__}" for name, item in enumerate(args) if not isinstance(item, Tensor)

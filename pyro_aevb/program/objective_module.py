@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_aevb._types import Args, Kwargs, PyroProgram
 from pyro_aevb.errors import ParameterError
-from pyro_aevb.program.batch import batch_rows
+from pyro_aevb.program.batch import batch_rows, explained
 from pyro_aevb.program.parameters import Program
 from pyro_aevb.program.scaling import DataPlateScale, Shard
 from pyro_aevb.program.settings import NumData
@@ -85,7 +85,7 @@ class ObjectiveModule(nn.Module):
     def build(self, *args: Any, **kwargs: Any) -> "ObjectiveModule":
         """Make every parameter and read the model's structure from a batch; random state stays as it was."""
         self.example = (args, kwargs)
-        with self.program.building():
+        with explained("program", args, kwargs), self.program.building():
             self.structure = read_structure(self.model, args, kwargs, guide=self.guide, data_plate=self.data_plate)
         return self
 
