@@ -53,7 +53,8 @@ class Contender(NamedTuple):
 
 
 def _guide(kind: Any, vae: VAE) -> PyroProgram:
-    hidden = vae.encoder[0].out_features
+    """Make an automatic guide whose encoder is as wide as the paper's."""
+    hidden = len(next(vae.encoder.parameters()))
     return kind(vae.model, encoder=MLPEncoder(784, hidden, hidden_features=(hidden,)))
 
 
@@ -104,6 +105,7 @@ def run(job: Job) -> None:
 
 
 def _measure(job: Job, name: str) -> Row:
+    """Train and judge one contender."""
     curve = job.shrink(Curve("mnist", _LATENT, "aevb", _HIDDEN, NUM_TRAIN["mnist"]))
     images, contender, num_samples = load_images("mnist", curve.num_train), CONTENDERS[name], job.samples(_SAMPLES)
     torch.manual_seed(curve.seed)

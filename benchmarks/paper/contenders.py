@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Adagrad, Optimizer
 
 from benchmarks.paper.curves import snapshot_path, train_curve, write_state
-from benchmarks.paper.models import make_vae
+from benchmarks.paper.models import FaceVAE, make_vae
 from benchmarks.paper.settings import BATCH_SIZE, RATES, Curve, due, load_images
 from benchmarks.paper.tables import read_table, write_table
 from benchmarks.programs import VAE
@@ -36,8 +36,8 @@ def train(curve: Curve, num_samples: int, state: Path) -> None:
 
 def snapshots(curve: Curve, state: Path) -> dict[int, Path]:
     """Return where the networks are kept, by training samples."""
-    found = {int(path.stem.rpartition("_")[2]): path for path in state.glob(f"{curve.name}_*.pt")}
-    return dict(sorted(found.items()))
+    found = {path.stem.removeprefix(f"{curve.name}_"): path for path in state.glob(f"{curve.name}_*.pt")}
+    return {int(samples): found[samples] for samples in sorted(filter(str.isdigit, found), key=int)}
 
 
 class _Following:
@@ -50,7 +50,7 @@ class _Following:
         path: Where they are kept; ``None`` keeps none.
     """
 
-    def __init__(self, curve: Curve, vae: VAE, rate: float, path: Path | None) -> None:
+    def __init__(self, curve: Curve, vae: VAE | FaceVAE, rate: float, path: Path | None) -> None:
         self.curve, self.vae, self.rate, self.path = curve, vae, rate, path
         self.num_updates = 0
         self.batch = batch_size(curve)
@@ -63,6 +63,7 @@ class _Following:
         return optimizer
 
     def _follow(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        """Count an update, and keep the networks where a point of the grid is reached."""
         self.num_updates += 1
         steps, rest = divmod(self.num_updates, _WEIGHT_UPDATES)
         if self.path is not None and not rest and due(steps * self.batch, self.batch):
@@ -106,7 +107,8 @@ def _choose_rate(curve: Curve, num_samples: int, state: Path) -> float:
     return float(max(read_table(path), key=lambda row: row["log_marginal"])["rate"])
 
 
-def _fit(curve: Curve, vae: VAE, make: _Following, num_epochs: int) -> None:
+def _fit(curve: Curve, vae: VAE | FaceVAE, make: _Following, num_epochs: int) -> None:
+    """Train by Monte Carlo EM, all of App. E's numbers in it."""
     begin = time.perf_counter()
     em = MonteCarloEM(vae.model, num_leapfrog=10, target_accept_prob=0.9, num_weight_updates=_WEIGHT_UPDATES)
     x = load_images(curve.data, curve.num_train).train

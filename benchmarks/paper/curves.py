@@ -95,6 +95,7 @@ class Follower:
             write_state(snapshot_path(self.path, samples), self.vae.state_dict())
 
     def _bounds(self) -> Row:
+        """Take the bounds of training and test rows, and what else a point tells."""
         images = load_images(self.curve.data, self.curve.num_train)
         train = images.train[:_EVALUATED_ROWS]
         bounds = {"train_bound": bound_of(self.vae, train), "test_bound": bound_of(self.vae, images.test, seed=1)}
@@ -174,6 +175,7 @@ def choose_rate(curve: Curve, num_samples: int, state: Path) -> float:
 
 
 def _fit(curve: Curve, vae: VAE | FaceVAE, rate: float, *, num_epochs: int, **settings: Any) -> FitResult:
+    """Train through ``AEVB.fit`` with the curve's objective and prior."""
     is_wake_sleep = curve.method == "wake_sleep"
     vi = AEVB(vae.model, vae.guide, WakeSleep() if is_wake_sleep else SGVB())
     make = Adagrads(vae, rate, encoder_decay=BATCH_SIZE / curve.num_train if is_wake_sleep else 1.0)

@@ -35,6 +35,7 @@ _ROWS_AT_ONCE = 100
 
 
 def _path(job: Job, curve: Curve, samples: int, part: str, estimator: str) -> Path:
+    """Return where the rows of an estimate are kept."""
     return job.state / "evidence" / f"{curve.name}_{samples}_{part}_{estimator}.csv"
 
 

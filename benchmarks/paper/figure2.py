@@ -9,7 +9,10 @@ from benchmarks.paper.pictures import draw_both, panels, save
 from benchmarks.paper.settings import HIDDEN, LATENTS, METHODS, NUM_TRAIN, Curve, Job
 from benchmarks.paper.tables import Row, merge, read_table, write_table
 
-__all__ = ["best_bounds", "curves", "run"]
+__all__ = ["Best", "best_bounds", "curves", "run"]
+
+Best = dict[tuple[str, int, str], tuple[float, int]]
+"""``{(data, latent, method): (bound, samples of both methods)}``."""
 
 _SAMPLES = 3e6
 _MORE_SAMPLES = 1e7
@@ -61,9 +64,7 @@ def _known_curves(job: Job) -> list[Curve]:
     return [replace(curve, seed=seed) for curve in curves(job) for seed in range(_SEEDS)]
 
 
-def best_bounds(
-    rows: Sequence[Row], *, part: str = "test", seed: int = 0
-) -> dict[tuple[str, int, str], tuple[float, int]]:
+def best_bounds(rows: Sequence[Row], *, part: str = "test", seed: int = 0) -> Best:
     """Return each curve's best bound, nats a row, up to the number of samples that both methods of its panel reached.
 
     Args:
@@ -72,7 +73,7 @@ def best_bounds(
         seed: Seed of the curves.
 
     Returns:
-        ``{(data, latent, method): (bound, samples of both)}``.
+        Bound and samples by curve.
     """
     grouped: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:

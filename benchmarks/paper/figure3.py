@@ -86,6 +86,7 @@ def _write(job: Job) -> None:
 
 
 def _idle(job: Job) -> Job:
+    """Return the job without training, which only reads."""
     return Job(job.state, job.out, is_quick=job.is_quick, trains=False)
 
 

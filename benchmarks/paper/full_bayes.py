@@ -76,6 +76,7 @@ class BayesianVAE(nn.Module):
 
     @staticmethod
     def _weights(name: str, law: dist.Normal) -> Tensor:
+        """Sample one array of weights."""
         return pyro.sample(name, law.to_event(len(law.batch_shape)))
 
 
@@ -99,6 +100,7 @@ def run(job: Job) -> None:
 
 
 def _curve(job: Job) -> Curve:
+    """Return the data and the networks' sizes."""
     return job.shrink(Curve("mnist", _LATENT, "aevb", _HIDDEN, 200 if job.is_quick else _NUM_TRAIN))
 
 
@@ -135,6 +137,7 @@ def _measure(job: Job, kind: str) -> Row:
 
 
 def _trial(curve: Curve, kind: str, rate: float, num_samples: int) -> float:
+    """Return the bound after the first samples; minus infinity for a rate that diverges."""
     try:
         bound = _train(curve, kind, rate, num_samples)[1]
     except NonFiniteError:
@@ -160,6 +163,8 @@ def _train(curve: Curve, kind: str, rate: float, num_samples: int, **settings: A
 
 
 def _adagrad(rate: float) -> Any:
+    """Return a maker of Adagrad without decay: the weights' prior is in the bound."""
+
     def make(parameters: Iterable[nn.Parameter]) -> Adagrad:
         return Adagrad(parameters, lr=rate)
 

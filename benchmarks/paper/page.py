@@ -31,6 +31,7 @@ def write(out: Path) -> None:
 
 
 def _preface() -> list[str]:
+    """Return the head of the page and the settings."""
     return [
         "# The paper's figures",
         "",
@@ -73,6 +74,7 @@ def _preface() -> list[str]:
 
 
 def _pictures(out: Path) -> list[str]:
+    """Return the section of figures 4 and 5."""
     names = sorted(path.name for path in out.glob("figure[45]_*.png"))
     if not names:
         return missing([], "## Figures 4 and 5: manifolds and draws")
@@ -89,6 +91,7 @@ def _pictures(out: Path) -> list[str]:
 
 
 def _variance(out: Path) -> list[str]:
+    """Return the section of the gradient's variance."""
     title, rows = "## Sections 2.2 and 2.3: variance of the gradient", read_table(out / "variance.csv")
     if not rows:
         return missing(rows, title)
@@ -111,6 +114,7 @@ def _variance(out: Path) -> list[str]:
 
 
 def _full_bayes(out: Path) -> list[str]:
+    """Return the section of App. F."""
     title, rows = "## App. F: variational Bayes over the decoder's weights", read_table(out / "full_vb.csv")
     if not rows:
         return missing(rows, title)
@@ -146,6 +150,7 @@ def _full_bayes(out: Path) -> list[str]:
 
 
 def _after(out: Path) -> list[str]:
+    """Return the section of what came after the paper."""
     title, rows = "## After the paper", read_table(out / "after.csv")
     if not rows:
         return missing(rows, title)
@@ -183,6 +188,7 @@ def _after(out: Path) -> list[str]:
 
 
 def _differences() -> list[str]:
+    """Return what differs from the paper."""
     return [
         "",
         "## What differs from the paper, and why",

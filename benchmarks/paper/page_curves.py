@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.paper.figure2 import best_bounds
+from benchmarks.paper.figure2 import Best, best_bounds
 from benchmarks.paper.models import LEAST_SCALE
 from benchmarks.paper.settings import METHODS, RATES
 from benchmarks.paper.tables import Row, read_table
@@ -66,7 +66,8 @@ _HEADS2 = (
 )
 
 
-def _panel(rows: Sequence[Row], test: dict, train: dict, key: tuple[str, int]) -> list[str]:  # type: ignore[type-arg]
+def _panel(rows: Sequence[Row], test: Best, train: Best, key: tuple[str, int]) -> list[str]:
+    """Return a panel's line of the table."""
     data, latent = key
     cells = [
         f"{test[*key, method][0]:.1f} ({train[*key, method][0]:.1f})" if (*key, method) in test else "not run yet"
@@ -84,7 +85,7 @@ def _panel(rows: Sequence[Row], test: dict, train: dict, key: tuple[str, int]) -
 
 
 def _notes2(rows: Sequence[Row]) -> list[str]:
-    """Say what the issue of overfitting and the rest come to, from the numbers."""
+    """Say from the numbers what superfluous latents, faces, floors and times come to."""
     own = {
         (row["latent"], row["samples"]): row["test_bound"]
         for row in rows
@@ -204,6 +205,7 @@ def figure3(out: Path) -> list[str]:
 
 
 def _estimators(out: Path) -> list[str]:
+    """Return the table of differences to quadrature."""
     rows = read_table(out / "estimators.csv")
     if not rows:
         return []

@@ -47,6 +47,7 @@ def merge(old: Sequence[Row], new: Sequence[Row], keys: Sequence[str]) -> list[R
 
 
 def _parse(value: str) -> Any:
+    """Read a number where there is one."""
     for kind in (int, float):
         try:
             return kind(value)
@@ -56,4 +57,5 @@ def _parse(value: str) -> Any:
 
 
 def _format(value: Any) -> Any:
+    """Write a number short."""
     return f"{value:.7g}" if isinstance(value, float) else value
