@@ -22,7 +22,14 @@ def outputs(notebook):
 
 
 def test_there_are_tutorials():
-    assert {path.stem for path in TUTORIALS} >= {"01_vae", "02_any_model", "03_missing_data", "04_evidence", "05_trust"}
+    assert {path.stem for path in TUTORIALS} >= {
+        "01_vae",
+        "02_any_model",
+        "03_missing_data",
+        "04_evidence",
+        "05_trust",
+        "06_streaming",
+    }
 
 
 def executed(name, tmp_path):
@@ -178,6 +185,25 @@ def check_trust(text):
     assert re.search(r"^edges.* 1 +\S+ +\S+ +1$", text, re.MULTILINE)
 
 
+def check_streaming(text):
+    """q(g) of a stream against the posterior of the rows seen; of a drifting one against that of recent rows; draws in a file."""
+    assert "stopped by stream, after 600 batches; num_data is now 60,000" in text
+    exact_mean, exact_sd = numbers_after(text, "exact posterior of g:")
+    mean, sd = numbers_after(text, "q(g):")
+    assert abs(mean - exact_mean) < 0.15  # batches of 100 rows have a standard error of 0.086
+    assert exact_sd < sd < 3 * exact_sd
+    width, _ = numbers_after(text, "exact posterior width")
+    error, recent = numbers_after(text, "effective_num_data=2000")
+    assert error < 3 * width
+    assert recent == pytest.approx(width, rel=0.3)
+    error, growing = numbers_after(text, 'num_data="growing"')
+    assert error > 3 * growing  # sure of what is wrong
+    assert growing < 0.3 * width
+    assert int(re.search(r"own memory grew by (-?\d+) MB", text)[1]) < 64  # of 128
+    error, noise = numbers_after(text, "means of 20 draws of the last 500 rows")
+    assert error < 1.5 * noise
+
+
 def require_mnist():
     """Skip a tutorial of MNIST where it would have to be downloaded."""
     places = (os.environ.get("PYRO_AEVB_DATA", ""), pooch.os_cache("pyro_aevb"))
@@ -216,6 +242,22 @@ def test_05_trust_runs(epochs, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "epochs", [2, pytest.param(None, marks=pytest.mark.slow)], ids=["few batches", "as it is kept"]
+)
+def test_06_streaming_runs(epochs, monkeypatch, tmp_path):
+    if epochs:
+        monkeypatch.setenv("PYRO_AEVB_TUTORIAL_EPOCHS", str(epochs))
+    notebook = executed("06_streaming.ipynb", tmp_path)
+    text = told(notebook)
+    if epochs is None:
+        check_streaming(text)
+    else:
+        assert "after 60 batches; num_data is now 6,000" in text
+    assert not [output for output in outputs(notebook) if output.get("name") == "stderr"]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "check"), [("02_any_model", check_any_model), ("03_missing_data", check_missing_data)]
@@ -234,6 +276,7 @@ def test_a_tutorial_without_encoders_runs_and_its_numbers_are_right(name, check,
         ("03_missing_data", check_missing_data),
         ("04_evidence", check_evidence),
         ("05_trust", check_trust),
+        ("06_streaming", check_streaming),
     ],
 )
 def test_the_kept_numbers_are_right(name, check):
