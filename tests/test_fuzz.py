@@ -337,3 +337,29 @@ class TestCounts:
             LogDensity(exact.model, x)
         with pytest.raises(DataError):
             AEVB(exact.model, AutoAmortizedNormal(exact.model)).partial_fit(x)
+
+    @given(
+        value=st.sampled_from([-1.0, 0.5, 7.0]), row=st.integers(0, 499), door=st.sampled_from(["fit", "log_marginal"])
+    )
+    @settings(max_examples=12, **FUZZ)
+    def test_outside_the_support_in_any_row(self, value, row, door):
+        """A Bernoulli of logit 0 gives 7 a log density of log 2 times a positive number: evidence that is none."""
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                logits = z[..., None].expand(*z.shape, 2)
+                pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+        x = (torch.randn(500, 2, generator=torch.Generator().manual_seed(0)) > 0).float()
+        vi = AEVB(model)
+        arguments = {
+            "fit": {"num_epochs": 1, "progress": False},
+            "log_marginal": {"num_samples": 100, "progress": False},
+        }[door]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AEVBWarning)
+            getattr(vi, door)(x, **arguments)
+            x[row, 1] = value
+            with pytest.raises(DataError, match=rf"'x'.*support.*{row}|fit its distribution Bernoulli"):
+                getattr(vi, door)(x, **arguments)

@@ -1,31 +1,21 @@
 """What a model must keep for its rows to have densities of their own, and what its data must."""
 
 from collections.abc import Collection
-from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import MaskedDistribution
-from pyro.distributions.torch_distribution import ExpandedDistribution
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
 from torch import Tensor
-from torch.distributions import Independent
-from torch.distributions.constraints import Constraint
 
-from pyro_aevb._types import Args, Kwargs, SiteDistribution, Values
-from pyro_aevb.errors import AEVBError, DataError, ModelError, SettingError
+from pyro_aevb._types import Args, Kwargs, Values
+from pyro_aevb.errors import AEVBError, ModelError, SettingError
 from pyro_aevb.program.batch import batch_rows, explained, take_rows
 from pyro_aevb.program.particles import ParticleAxes
 from pyro_aevb.program.placing import Placing
 from pyro_aevb.program.row_model import Placed, RowModel, waves
-from pyro_aevb.program.sites import plain_support, unmasked_value
 from pyro_aevb.program.structure import Structure
+from pyro_aevb.program.supports import Inside
 
 __all__ = ["check_globals", "check_independent_rows", "check_observed"]
-
-_SHOWN = 5
-"""Rows that a message lists."""
 
 
 def check_globals(structure: Structure, given: Collection[str]) -> None:
@@ -134,7 +124,7 @@ def check_observed(model: RowModel, args: Args, kwargs: Kwargs, given: Values, *
     given = {name: value[:1] for name, value in given.items()}
     count = _count_rows(model, args, kwargs)
     u = waves(1, 1, count, model.layout.dim).to(model.device, model.dtype)
-    inside = _Inside(model.structure.data_dim, first_row)
+    inside = Inside(model.structure.data_dim, first_row)
     try:
         with torch.enable_grad():
             placing = Placing(model.layout, u.requires_grad_())
@@ -145,64 +135,3 @@ def check_observed(model: RowModel, args: Args, kwargs: Kwargs, given: Values, *
         pass  # the checks that are on refuse such data too, and parameters outside their range at this u, no fault of the data
     if inside.error is not None:
         raise inside.error
-
-
-class _Inside(Messenger):
-    """Find observed values outside supports that do not depend on latents.
-
-    Attributes:
-        error: What is wrong at the first such site; raised here, Pyro's trace would put an error of its own in its place.
-    """
-
-    def __init__(self, data_dim: int | None, first_row: int) -> None:
-        super().__init__()
-        self.data_dim, self.first_row = data_dim, first_row
-        self.error: DataError | None = None
-
-    def _pyro_post_sample(self, message: Message) -> None:
-        fn: SiteDistribution = message["fn"]
-        is_data = message["is_observed"] and type(fn).__name__ not in ("Unit", "_Subsample")
-        if self.error is not None or not is_data or not _checks_values(fn):
-            return
-        support = plain_support(fn)
-        if _is_computed(support):
-            return
-        value: Any = unmasked_value(dict(message))
-        outside = ~support.check(value.detach())
-        if outside.any():
-            self.error = DataError(
-                f"The data observed at site {message['name']!r} lie outside the support {support} of its distribution"
-                f"{self._where(outside, fn)}: the first such value is {_first_outside(value, outside)}. Change the data or the "
-                f"likelihood (grey levels under a Bernoulli need validate_args=False).",
-                site=message["name"],
-            )
-
-    def _where(self, outside: Tensor, fn: SiteDistribution) -> str:
-        """List the first rows."""
-        outside = outside.expand(torch.broadcast_shapes(outside.shape, fn.batch_shape))
-        if self.data_dim is None or outside.dim() < -self.data_dim:
-            return ""
-        bad = outside.movedim(self.data_dim, 0).flatten(1).any(1) if outside.dim() > 1 else outside
-        rows = (bad.nonzero()[:, 0] + self.first_row).tolist()
-        return f" in {len(rows)} rows, {rows[:_SHOWN]} first" if len(rows) > _SHOWN else f" in rows {rows}"
-
-
-def _first_outside(value: Tensor, outside: Tensor) -> list[Any] | float:
-    """Return the first event that is outside."""
-    index = tuple(outside.nonzero()[0].tolist())
-    return value.detach()[index].tolist()
-
-
-def _checks_values(fn: SiteDistribution) -> bool:
-    """Tell whether a distribution checks values, rather than was told not to."""
-    while isinstance(fn, (Independent, MaskedDistribution, ExpandedDistribution)):
-        fn = fn.base_dist
-    return bool(fn._validate_args)
-
-
-def _is_computed(support: Constraint) -> bool:
-    """Tell whether a support depends on latents, so that a value outside it has density 0 and is no mistake."""
-    return any(
-        item.requires_grad if isinstance(item, Tensor) else isinstance(item, Constraint) and _is_computed(item)
-        for item in vars(support).values()
-    )

@@ -15,6 +15,7 @@ from pyro_aevb.program.batch import explained, take_rows
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.rows import check_finite, located
 from pyro_aevb.program.structure import Structure
+from pyro_aevb.program.supports import check_supports
 from pyro_aevb.training.data import Batch, BatchSource
 from pyro_aevb.training.sharding import ShardedSource
 from pyro_aevb.training.streaming import GrowingSource
@@ -57,6 +58,7 @@ def prepare(module: ObjectiveModule, source: BatchSource, batch_size: int | None
     if whole is not None:
         with module.running():
             check_finite(module.model, module.guide, structure, *whole, rows_per_run=source.batch_size or 1)
+            check_supports(module.model, structure, *whole)
     return source
 
 

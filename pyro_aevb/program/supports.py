@@ -1,0 +1,143 @@
+"""Data outside the support of their likelihood, where the likelihood checks its values: a density of them is a wrong number."""
+
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from torch import Tensor
+from torch.distributions import Independent, constraints
+from torch.distributions.constraints import Constraint
+
+from pyro_aevb._types import Args, Kwargs, PyroProgram, SiteDistribution
+from pyro_aevb.errors import AEVBError, DataError
+from pyro_aevb.program.batch import batch_rows, take_rows
+from pyro_aevb.program.parameters import preserved_state
+from pyro_aevb.program.reach import find_modules
+from pyro_aevb.program.sites import plain_support, unmasked_value
+from pyro_aevb.program.structure import Structure
+
+__all__ = ["Inside", "check_supports"]
+
+_SHOWN = 5
+"""Rows that a message lists."""
+_ROWS_PER_RUN = 10_000
+
+
+def check_supports(model: PyroProgram, structure: Structure, args: Args, kwargs: Kwargs) -> None:
+    """Refuse observed data outside supports that do not depend on latents; a model whose likelihoods take any number is not run.
+
+    Latents are drawn from the prior, and the state of everything is left as it was. A model that takes these rows in no such
+    parts, or draws its own, is not asked.
+
+    Args:
+        model: The model.
+        structure: Its structure.
+        args: All rows, as positional arguments.
+        kwargs: All rows, as keyword arguments.
+
+    Raises:
+        DataError: Naming the site and the first such rows.
+    """
+    restricted = [site for site in structure.select("observed") if not _takes_all(site.support)]
+    if not restricted or structure.draws_own_rows:
+        return
+    count = batch_rows(args, kwargs) or 1
+    size = count if structure.data_plate is None else _ROWS_PER_RUN
+    for start in range(0, count, size):
+        inside = Inside(structure.data_dim, start)
+        part = (args, kwargs) if size >= count else take_rows(args, kwargs, slice(start, start + size))
+        try:
+            with (
+                preserved_state(find_modules(model)),
+                torch.enable_grad(),
+                pyro.validation_enabled(True),
+                inside,
+                _Latents(),
+            ):
+                model(*part[0], **part[1])
+        except AEVBError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return  # runs that follow say what is wrong
+        if inside.error is not None:
+            raise inside.error
+
+
+def _takes_all(support: Constraint) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real or support is constraints.real_vector
+
+
+class _Latents(Messenger):
+    """Let what is computed from latents tell so: they require a gradient."""
+
+    def _pyro_post_sample(self, message: Message) -> None:
+        value = message["value"]
+        if not message["is_observed"] and isinstance(value, Tensor) and value.is_floating_point():
+            message["value"] = value.detach().requires_grad_()
+
+
+class Inside(Messenger):
+    """Find observed values outside supports that do not depend on latents.
+
+    Attributes:
+        error: What is wrong at the first such site; raised here, Pyro's trace would put an error of its own in its place.
+    """
+
+    def __init__(self, data_dim: int | None, first_row: int) -> None:
+        super().__init__()
+        self.data_dim, self.first_row = data_dim, first_row
+        self.error: DataError | None = None
+
+    def _pyro_post_sample(self, message: Message) -> None:
+        fn: SiteDistribution = message["fn"]
+        is_data = message["is_observed"] and type(fn).__name__ not in ("Unit", "_Subsample")
+        if self.error is not None or not is_data or not _checks_values(fn):
+            return
+        support = plain_support(fn)
+        if _is_computed(support):
+            return
+        value: Any = unmasked_value(dict(message))
+        outside = ~support.check(value.detach())
+        if outside.any():
+            self.error = DataError(
+                f"The data observed at site {message['name']!r} lie outside the support {support} of its distribution"
+                f"{self._where(outside, fn)}: the first such value is {_first_outside(value, outside)}. Change the data or the "
+                f"likelihood (grey levels under a Bernoulli need validate_args=False).",
+                site=message["name"],
+            )
+
+    def _where(self, outside: Tensor, fn: SiteDistribution) -> str:
+        """List the first rows."""
+        outside = outside.expand(torch.broadcast_shapes(outside.shape, fn.batch_shape))
+        if self.data_dim is None or outside.dim() < -self.data_dim:
+            return ""
+        bad = outside.movedim(self.data_dim, 0).flatten(1).any(1) if outside.dim() > 1 else outside
+        rows = (bad.nonzero()[:, 0] + self.first_row).tolist()
+        return f" in {len(rows)} rows, {rows[:_SHOWN]} first" if len(rows) > _SHOWN else f" in rows {rows}"
+
+
+def _first_outside(value: Tensor, outside: Tensor) -> list[Any] | float:
+    """Return the first event that is outside."""
+    index = tuple(outside.nonzero()[0].tolist())
+    return value.detach()[index].tolist()
+
+
+def _checks_values(fn: SiteDistribution) -> bool:
+    """Tell whether a distribution checks values, rather than was told not to."""
+    while isinstance(fn, (Independent, MaskedDistribution, ExpandedDistribution)):
+        fn = fn.base_dist
+    return bool(fn._validate_args)
+
+
+def _is_computed(support: Constraint) -> bool:
+    """Tell whether a support depends on latents, so that a value outside it has density 0 and is no mistake."""
+    return any(
+        item.requires_grad if isinstance(item, Tensor) else isinstance(item, Constraint) and _is_computed(item)
+        for item in vars(support).values()
+    )
