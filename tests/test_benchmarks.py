@@ -204,9 +204,7 @@ def test_the_peers_are_the_same_model(bench: ModuleType) -> None:
 
 def test_rows_on_disk_take_little_memory(bench: ModuleType) -> None:
     result = module("large").run(quick=True)
-    assert [
-        row for row in result.missed if row.quantity != "slowest tenth against the middle one"
-    ] == []  # times are no tests
+    assert [row for row in result.missed if not row.quantity.startswith("middle tenth")] == []  # times are no tests
     assert [row.is_met for row in result.rows if row.bar].count(True) >= 3
 
 
