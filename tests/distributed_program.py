@@ -5,6 +5,7 @@ Every check is a function of the Fabric that returns what it found; :func:`main`
 
 import os
 import sys
+import tempfile
 import time
 import warnings
 from functools import partial
@@ -271,6 +272,25 @@ def check_fits(fabric):
 EAGER = {"seed": 7, "compile": False, "progress": False}
 
 
+def check_resuming(fabric):
+    """Return parameters and bounds of a fit, and of one that was stopped and continued."""
+    settings = {"batch_size": 10, "fabric": fabric, "progress": False, "compile": False}
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(fabric.broadcast(own)) / "checkpoints"
+        found = {}
+        for name, num_epochs, more in (
+            ("undisturbed", 4, {"seed": 0}),
+            ("stopped", 2, {"seed": 0, "checkpoint": folder}),
+            ("continued", 4, {"seed": 1, "checkpoint": folder, "resume": True}),
+        ):
+            vi = AEVB(Latent().model)
+            result = vi.fit(latent_rows(45), num_epochs=num_epochs, **settings, **more)
+            parameters = {key: item.detach().clone() for key, item in vi.module.named_parameters()}
+            found[name] = {"parameters": parameters, "bounds": [record["bound"] for record in result.history]}
+        fabric.barrier()
+    return found
+
+
 def check_inference(fabric):
     """Return what both processes find together, beside what one finds alone."""
     model, guide, x = Latent().model, Latent().guide, latent_rows(31)
@@ -349,6 +369,7 @@ CHECKS = {
     "bounds": check_bounds,
     "skipping": check_skipping,
     "fits": check_fits,
+    "resuming": check_resuming,
     "inference": check_inference,
     "refusals": check_refusals,
 }

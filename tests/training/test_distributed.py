@@ -171,6 +171,13 @@ class TestFit:
             for key, value in own["fits"]["seed"]["parameters"].items():
                 assert torch.equal(value, own["fits"]["again"]["parameters"][key]), key
 
+    def test_a_continued_one_ends_as_an_undisturbed_one(self, found):
+        for own in found:
+            undisturbed, continued = own["resuming"]["undisturbed"], own["resuming"]["continued"]
+            assert continued["bounds"] == undisturbed["bounds"]
+            for key, value in undisturbed["parameters"].items():
+                assert torch.equal(value, continued["parameters"][key]), key
+
     def test_a_callback_of_one_process_ends_the_fit_of_all(self, found):
         assert [own["fits"]["stopped"] for own in found] == [("callback", 2)] * 2
 
