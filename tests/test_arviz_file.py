@@ -113,18 +113,42 @@ class TestWholeOrNotAtAll:
             exact.model, partial(exact.guide, data=ROWS), x, path=path, num_samples=num_samples, **settings
         )
 
-    def test_a_full_disk_leaves_the_old_file(self, tmp_path):
+    @pytest.mark.parametrize(("limit", "num_samples"), [(100_000, 20_000), (1000, 4)])  # in the middle; on closing
+    def test_a_full_disk_leaves_the_old_file(self, tmp_path, limit, num_samples):
         path = self.export(tmp_path / "draws.nc")
         old = path.read_bytes()
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             with pytest.raises(FileError, match=r"draws\.nc.*unchanged"):
-                self.export(path, num_samples=20_000)
+                self.export(path, num_samples=num_samples)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert path.read_bytes() == old
         assert [entry.name for entry in tmp_path.iterdir()] == ["draws.nc"]
+
+    def test_nothing_more_is_drawn_for_a_full_disk(self, tmp_path):
+        calls = []
+
+        def guide(x):
+            calls.append(len(x))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+        try:
+            with pytest.raises(FileError):
+                export_posterior(
+                    model, guide, torch.zeros(1000), path=tmp_path / "a.nc", num_samples=20_000, chunk_size=10
+                )
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert len(calls) < 30  # of 100 chunks, and some to read the programs
 
     def test_a_fault_on_the_way_leaves_nothing(self, tmp_path):
         class FaultError(Exception):
