@@ -28,11 +28,11 @@ from pyro_aevb.program.compiling import Compile, check_compile
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.settings import NumData, check_covariates, check_num_data, check_positive, check_settings
 from pyro_aevb.randomness import seeded
-from pyro_aevb.training.batches import Batch, as_batch, check_batch
+from pyro_aevb.training.batches import Batch, as_batch, check_batch, describe
 from pyro_aevb.training.files import read_file, write_file
 from pyro_aevb.training.loop import FitResult, fit_module
 from pyro_aevb.training.preparation import build, check_size
-from pyro_aevb.training.saving import describe, describe_program, restore
+from pyro_aevb.training.saving import describe_program, restore
 from pyro_aevb.training.staged import Staging
 from pyro_aevb.training.stepper import Stepper, default_optimizer
 
@@ -142,9 +142,11 @@ class AEVB:
         """
         check_settings(settings, fit_module)
         self._module.set_num_data(self.num_data)
-        self.result = fit_module(self._module, data, **{"compile": self.compile, **settings})
-        if self._module.example is not None:
-            self._keep_template(Batch(self._module.example[0], dict(self._module.example[1])))
+        try:
+            self.result = fit_module(self._module, data, **{"compile": self.compile, **settings})
+        finally:  # a fit that failed leaves the last good state, to be saved too
+            if self._module.structure is not None and self._module.example is not None:
+                self._keep_template(Batch(self._module.example[0], dict(self._module.example[1])))
         return self.result
 
     def partial_fit(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from pyro_aevb._types import Args, GlobalWeights, Kwargs, LocalWeights, Scalar, Values
 from pyro_aevb.errors import GuideError, ModelError, SettingError
@@ -76,7 +77,7 @@ class WakeSleep(Objective):
         check_to_batch(to_batch)
         super().__init__(data_plate=data_plate)
         self.to_batch = to_batch
-        self._doors: tuple[Any, dict[str, Door]] | None = None
+        self._doors: tuple[Any, dict[Any, dict[str, Door]]] = None, {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -129,16 +130,22 @@ class WakeSleep(Objective):
         """Put a dream into a batch; where the model reads it is found out once for a batch's layout."""
         if self.to_batch is not None:
             return write_observations(program.model, args, kwargs, observed, to_batch=self.to_batch)
-        key = (program, _layout(args), tuple(kwargs), _layout(tuple(kwargs.values())))
-        if self._doors is None or self._doors[0] != key:
-            doors = find_doors(program.model, args, kwargs, observed, structure=program.structure)
-            self._doors = key, doors
-        return through_doors(self._doors[1], args, kwargs, observed)
+        if self._doors[0] is not program:
+            self._doors = program, {}
+        found, key = self._doors[1], _layout(args, kwargs)
+        if key not in found:
+            found[key] = find_doors(program.model, args, kwargs, observed, structure=program.structure)
+        return through_doors(found[key], args, kwargs, observed)
 
 
-def _layout(items: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return sizes and strides of tensors, and whatever else there is, as it is written out."""
-    return tuple((item.shape, item.stride()) if isinstance(item, Tensor) else repr(item) for item in items)
+def _layout(args: Args, kwargs: Kwargs) -> tuple[Any, ...]:
+    """Return what the views of a batch depend on: sizes, strides and types of its tensors, which are the same one, and the rest."""
+    leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
+    first = {id(item): number for number, item in reversed(list(enumerate(leaves)))}
+    return spec, *(
+        (first[id(item)], item.shape, item.stride(), item.dtype) if isinstance(item, Tensor) else repr(item)
+        for item in leaves
+    )
 
 
 class ReweightedWakeSleep(Objective):

@@ -12,7 +12,7 @@ from pyro_aevb.errors import DataError, SettingError
 from pyro_aevb.program.batch import check_dense, describe_batch, to_tensor
 from pyro_aevb.randomness import preserved_rng
 
-__all__ = ["Batch", "BatchSource", "as_batch", "check_batch", "check_lengths", "check_skip"]
+__all__ = ["Batch", "BatchSource", "as_batch", "check_batch", "check_lengths", "check_skip", "describe"]
 
 
 class Batch(NamedTuple):
@@ -133,6 +133,16 @@ def check_lengths(batch: Batch) -> None:
     lengths = {name: len(item) for name, item in named if isinstance(item, Tensor) and item.dim() > 0}
     if len(set(lengths.values())) > 1:
         raise DataError(f"Every tensor has rows on axis 0 and as many of them, got lengths {lengths}.")
+
+
+def describe(batch: Batch) -> list[list[Any]]:
+    """Return name (``None`` by position), type and shape of every tensor of a batch, as JSON values."""
+    named = [*((None, item) for item in batch.args), *batch.kwargs.items()]
+    return [
+        [name, str(item.dtype).removeprefix("torch."), list(item.shape)]
+        for name, item in named
+        if isinstance(item, Tensor)
+    ]
 
 
 def check_batch(batch: Batch) -> None:

@@ -1,14 +1,19 @@
 """Checkpoints: a folder of files, from each of which a fit continues bit for bit as if it had never stopped."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from pyro_aevb.errors import FileError, SettingError
 from pyro_aevb.program.objective_module import ObjectiveModule
-from pyro_aevb.training.data import Batch
+from pyro_aevb.training.batches import Batch, describe
 from pyro_aevb.training.files import Contents, read_file, write_file
 from pyro_aevb.training.packing import pack, unpack
-from pyro_aevb.training.saving import FIT, describe, describe_program, explain_difference, load_tensors
+from pyro_aevb.training.saving import FIT, describe_program, explain_difference, load_tensors
 
 __all__ = ["Checkpoints", "collect", "distribute"]
 
@@ -34,9 +39,10 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FileError(f"Could not make the folder {self.folder} for checkpoints: {error}.") from error
-        if not resume and self.latest() is not None:
+        present = sorted(self.folder.glob("*.safetensors"))
+        if not resume and present:
             raise FileError(
-                f"{self.folder} holds checkpoints, the latest {self.latest()}. Continue that fit with resume=True, or give an "
+                f"{self.folder} holds checkpoints, the latest {present[-1]}. Continue that fit with resume=True, or give an "
                 f"empty folder."
             )
 
@@ -56,9 +62,30 @@ class Checkpoints:
         try:
             return path, read_file(path)
         except FileError as error:
+            if "damaged" not in str(error):
+                raise
             older = sorted(self.folder.glob(_PATTERN))[:-1]
             advice = f"Delete it to continue from {older[-1].name}" if older else "Empty the folder to start anew"
             raise FileError(f"{error} {advice}.") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the folder from other fits inside the block; the lock of a process that is gone is none.
+
+        Raises:
+            FileError: If another fit holds it.
+        """
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise FileError(
+                f"Another fit that is running writes its checkpoints to {self.folder}. Wait for it, or give another folder."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def write(self, number: int, contents: Contents) -> None:
         """Write the checkpoint after so many batches, then delete what is older than the last few.
@@ -67,11 +94,10 @@ class Checkpoints:
             FileError: If it can't be written; those that are there stay.
         """
         write_file(self.folder / f"step-{number:09d}.safetensors", contents)
-        for path in sorted(self.folder.glob(_PATTERN))[: -self.keep]:
-            path.unlink(missing_ok=True)
-        # what a process that was killed while writing left behind
-        for path in self.folder.glob(".*.safetensors.*"):
-            path.unlink(missing_ok=True)
+        # beside the oldest, what a process that was killed while writing left behind: no other is running
+        for path in (*sorted(self.folder.glob(_PATTERN))[: -self.keep], *self.folder.glob(".*.safetensors.*")):
+            with suppress(OSError):  # a file that another program has open stays until the next time
+                path.unlink()
 
     def write_best(self, contents: Contents) -> None:
         """Write the checkpoint of the best validation bound."""
@@ -115,12 +141,15 @@ def distribute(module: ObjectiveModule, contents: Contents, path: Path, setting:
     _check_setting(path, state["setting"], setting)
     load_tensors(module.program, {name: item for name, item in tensors.items() if not name.startswith(FIT)}, path)
     module.objective_state.load_state_dict(state["objective"])
+    if module.is_growing:
+        module.num_data = header["num_data"]
     return state
 
 
 def _check_setting(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
     """Refuse to continue a fit on other data or with another optimizer: nothing in the state would mean the same."""
-    different = [f"{name}={saved[name]!r} (now {own[name]!r})" for name in own if saved[name] != own[name]]
+    own = json.loads(json.dumps(own))  # as it was written: lists for tuples
+    different = [f"{name}={saved.get(name)!r} (now {own[name]!r})" for name in own if saved.get(name) != own[name]]
     if different:
         raise SettingError(
             f"{path} was written by a fit with {', '.join(different)}. Continue with the same, or give an empty folder."

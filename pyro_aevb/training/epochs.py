@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from signal import SIGTERM
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,14 +12,17 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from pyro_aevb.errors import AEVBWarning, DataError, warn_user
+from pyro_aevb.errors import AEVBWarning, DataError, SettingError, warn_user
 from pyro_aevb.program.objective_module import ObjectiveModule
-from pyro_aevb.randomness import RandomState, random_state, restore_random_state, seeded
-from pyro_aevb.training.checkpoint import Checkpoints, collect, distribute
-from pyro_aevb.training.data import BatchSource
-from pyro_aevb.training.interruption import Interruption
+from pyro_aevb.randomness import seeded
+from pyro_aevb.training.checkpoint import Checkpoints
+from pyro_aevb.training.continuation import collect_state, load_state
+from pyro_aevb.training.data import Batch, BatchSource
+from pyro_aevb.training.interruption import Interrupted, Interruption
+from pyro_aevb.training.place import Place
 from pyro_aevb.training.result import EpochEnd, FitResult
 from pyro_aevb.training.stepper import Stepper
+from pyro_aevb.training.workers import worker_death
 
 if TYPE_CHECKING:
     from lightning_fabric.loggers.logger import Logger
@@ -31,15 +33,6 @@ _CHECK_EVERY = 10_000
 """Steps after which a compiled step is compared with an eager one again, where no callback may have changed anything."""
 _LOG_EVERY = 100
 """Batches from one logged bound to the next."""
-
-
-_WORKER = "DataLoader worker"
-"""How torch begins to say that one died."""
-
-
-def _is_worker_death(error: BaseException) -> bool:
-    """Tell whether torch says that a worker died, or a worker's end of a pipe is gone before torch could say so."""
-    return _WORKER in str(error) or isinstance(error, (ConnectionError, EOFError))
 
 
 class Plan(NamedTuple):
@@ -60,36 +53,6 @@ class Plan(NamedTuple):
     progress: bool
     every: int | None
     loggers: "Sequence[Logger]"
-
-
-@dataclass
-class _Place:
-    """Where a fit stands.
-
-    Attributes:
-        epochs: Epochs done.
-        batches: Batches done of the present one.
-        total: Sum of its rows' bounds, in nats.
-        rows: Rows in that sum.
-        skipped: Batches skipped in it.
-        seconds: Time that its steps took.
-        all_seconds: Time that all steps took.
-        best_bound: The best validation bound.
-    """
-
-    epochs: int = 0
-    batches: int = 0
-    total: float = 0.0
-    rows: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-    all_seconds: float = 0.0
-    best_bound: float = float("-inf")
-
-    def begin_epoch(self) -> None:
-        """Start counting anew."""
-        self.batches = self.rows = self.skipped = 0
-        self.total = self.seconds = 0.0
 
 
 class Epochs:
@@ -117,11 +80,13 @@ class Epochs:
         self.validation, self.checkpoints = validation, checkpoints
         self.schedule: LRScheduler | None = None
         self.result = FitResult(module=module)
-        self._place = _Place()
-        self._best_state: dict[str, Tensor] | None = None
-        self._generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-        self._order = self._generator.get_state()
+        self.place = Place()
+        self.best_state: dict[str, Tensor] | None = None
+        self.generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+        self.order = self.generator.get_state()
         self._num_saved = -1
+        self._counted: float | None = None
+        self._is_waiting = False
         self._interruption = Interruption()
 
     def run(self) -> FitResult:
@@ -129,27 +94,52 @@ class Epochs:
         modes = [(module, module.training) for module in self.module.modules()]
         self.stepper.check_every = _CHECK_EVERY
         self.stepper.wants_stop = lambda: self._interruption.signal is not None
+        is_over = False
         try:
-            with self._noting_signals(), self._bar() as bar:
+            with self._noting_signals(), self._locked(), self._bar() as bar:
                 self.stepper.staging.announce = bar.set_postfix_str
-                self._load()
+                self._continue()
                 bar.update(self._num_batches)
                 self._run(bar)
                 self._save()
                 if not self.stepper.must_stop:
                     self._restore_best()
+                is_over = True
         except KeyboardInterrupt:
             self.result.stopped_by = "interrupt"
         finally:
             for module, mode in modes:
                 module.training = mode
-            self._finish()
+            self._finish(is_over=is_over)
         for callback in self.plan.callbacks:
             finish = getattr(callback, "finish", None)
             if finish is not None:
                 finish(self.result)
         self._interruption.obey()
         return self.result
+
+    def _locked(self) -> Any:
+        """Keep the folder of checkpoints for this fit alone; one process of several holds it."""
+        is_ours = self.checkpoints is not None and self.stepper.processes.is_first
+        return self.checkpoints.locked() if self.checkpoints is not None and is_ours else nullcontext()
+
+    def _continue(self) -> None:
+        """Go to where the latest checkpoint was written, if there is one."""
+        if self.checkpoints is None or not load_state(self, self.checkpoints):
+            return
+        self._num_saved = self._num_batches
+        if self.place.epochs > self.plan.num_epochs:
+            raise SettingError(
+                f"The checkpoint has {self.place.epochs} epochs behind it, more than num_epochs={self.plan.num_epochs}, which "
+                f"counts from the beginning. Give at least as many."
+            )
+        if self._is_out_of_patience:
+            self.result.stopped_by = "patience"
+
+    @property
+    def _is_out_of_patience(self) -> bool:
+        since = self.place.epochs - (self.result.best_epoch or self.place.epochs)
+        return self.plan.patience is not None and since >= self.plan.patience
 
     def _noting_signals(self) -> Any:
         """Let signals wait for the end of a step, where there is anything to be done about them."""
@@ -167,9 +157,9 @@ class Epochs:
 
     def _run(self, bar: "tqdm[Any]") -> None:
         """Run epoch after epoch."""
-        while self._place.epochs < self.plan.num_epochs and self.result.stopped_by == "epochs":
-            if self._place.batches == 0:
-                self._order = self._generator.get_state()
+        while self.place.epochs < self.plan.num_epochs and self.result.stopped_by == "epochs":
+            if self.place.batches == 0:
+                self.order = self.generator.get_state()
             self._train(bar)
             if self.stepper.must_stop:
                 self._interruption.signal = self._interruption.signal or SIGTERM  # another process was asked
@@ -182,9 +172,10 @@ class Epochs:
     def _train(self, bar: "tqdm[Any]") -> None:
         """Take the steps of an epoch, or those that are left of it."""
         self.module.train()
-        place = self._place
-        with pyro.validation_enabled(False), self._timed(), self._naming_dead_workers():
-            for batch in self.source.batches(self._generator, skip=place.batches if self.source.can_skip else 0):
+        place = self.place
+        pending = self.source.batches(self.generator, skip=place.batches if self.source.can_skip else 0)
+        with pyro.validation_enabled(False), self._timed(), self._ending_with_workers():
+            while (batch := self._next(pending)) is not None:
                 bound = self.stepper.step(batch)
                 place.batches += 1
                 if bound == bound:
@@ -197,18 +188,33 @@ class Epochs:
                 if self.plan.every is not None and self._num_batches % self.plan.every == 0 and self._can_enter:
                     self._save()
 
+    def _next(self, pending: Iterator[Batch]) -> Batch | None:
+        """Return the next batch, ``None`` after the last; a signal does not wait for one that is long in coming."""
+        self._is_waiting = True
+        try:
+            # several processes stop together, after a step
+            with self._interruption.waiting() if self.stepper.processes.count == 1 else nullcontext():
+                batch = next(pending, None)
+        except Interrupted:
+            self.stepper.must_stop = True
+            return None
+        self._is_waiting = False
+        return batch
+
     @contextmanager
-    def _naming_dead_workers(self) -> Iterator[None]:
-        """Say that a worker died: torch raises that from a signal's handler, in the middle of whatever runs."""
+    def _ending_with_workers(self) -> Iterator[None]:
+        """Say that a worker died, which torch raises in the middle of whatever runs; or end as a signal to both asks."""
         try:
             yield
         except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not _is_worker_death(cause):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
+            reason = worker_death(error)
+            if reason is None:
                 raise
-            reason = next((line for line in str(cause).splitlines() if _WORKER in line), f"{cause}.")
+            if self._interruption.comes_soon():
+                self.stepper.must_stop = True
+                if not self._is_waiting:  # in the middle of a step, which no checkpoint may hold half of
+                    self._num_saved = self._num_batches
+                return
             raise DataError(
                 f"A worker of the DataLoader died, after step {self._num_batches}: {reason} See what the dataset does in a worker "
                 f"(memory, open files), or try num_workers=0."
@@ -217,16 +223,23 @@ class Epochs:
     @contextmanager
     def _timed(self) -> Iterator[None]:
         """Count the time of steps, without that of compiling."""
-        start, before = time.perf_counter(), self.stepper.staging.seconds
+        self._counted = time.perf_counter() - self.stepper.staging.seconds
         yield
-        seconds = time.perf_counter() - start - (self.stepper.staging.seconds - before)
-        self._place.seconds += seconds
-        self._place.all_seconds += seconds
+        self._count_time()
+        self._counted = None
+
+    def _count_time(self) -> None:
+        """Count the time since it was last counted, inside a block of steps."""
+        if self._counted is not None:
+            now = time.perf_counter() - self.stepper.staging.seconds
+            self.place.seconds += now - self._counted
+            self.place.all_seconds += now - self._counted
+            self._counted = now
 
     def _tell(self, bar: "tqdm[Any]", bound: float) -> None:
         bar.update()
         if bar.n % 10 == 0:
-            bar.set_postfix_str(f"epoch {self._place.epochs + 1}, bound {bound:.2f} nats a row", refresh=False)
+            bar.set_postfix_str(f"epoch {self.place.epochs + 1}, bound {bound:.2f} nats a row", refresh=False)
         if self.plan.loggers and self._num_batches % _LOG_EVERY == 0:
             self._log({"step_bound": bound})
 
@@ -236,7 +249,7 @@ class Epochs:
 
     def _end_epoch(self, bar: "tqdm[Any]") -> None:
         """Validate, record, step the schedule, call back, and see whether that was the last epoch."""
-        place, result = self._place, self.result
+        place, result = self.place, self.result
         place.epochs += 1
         record = {"epoch": float(place.epochs), "bound": place.total / place.rows if place.rows else float("nan")}
         if self.validation is not None:
@@ -256,15 +269,13 @@ class Epochs:
         wants_end = sum(callback(event) is True for callback in self.plan.callbacks) > 0
         if self.stepper.processes.any(is_true=wants_end):
             result.stopped_by = "callback"
-        elif (
-            self.plan.patience is not None and place.epochs - (result.best_epoch or place.epochs) >= self.plan.patience
-        ):
+        elif self._is_out_of_patience:
             result.stopped_by = "patience"
         elif self.source.is_spent:
             result.stopped_by = "stream"
         self._log(record)
         if self.checkpoints is not None and result.best_epoch == place.epochs:
-            contents = self._contents()
+            contents = collect_state(self)
             if self.stepper.processes.is_first:
                 self.checkpoints.write_best(contents)
 
@@ -281,16 +292,16 @@ class Epochs:
                 total, rows = total + float(bound) * batch.rows, rows + batch.rows
         total, rows = processes.total(total, rows)
         value = total / rows
-        if self.result.best_epoch is None or value > self._place.best_bound:
-            self._place.best_bound = value if value == value else float("-inf")
-            self.result.best_epoch = self._place.epochs
+        if self.result.best_epoch is None or value > self.place.best_bound:
+            self.place.best_bound = value if value == value else float("-inf")
+            self.result.best_epoch = self.place.epochs
             if self.plan.patience is not None:
-                self._best_state = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
+                self.best_state = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
         return value
 
     def _restore_best(self) -> None:
-        if self._best_state is not None:
-            self.module.load_state_dict(self._best_state)
+        if self.best_state is not None:
+            self.module.load_state_dict(self.best_state)
 
     def _step_schedule(self, record: dict[str, float]) -> None:
         if isinstance(self.schedule, ReduceLROnPlateau):
@@ -306,75 +317,38 @@ class Epochs:
     @property
     def _can_enter(self) -> bool:
         """Whether the present place can be found again."""
-        return self._can_enter_anywhere or self._place.batches == 0
+        return self._can_enter_anywhere or self.place.batches == 0
 
     def _save(self) -> None:
         """Write a checkpoint, unless this place has one or can't be found again."""
-        if self.checkpoints is not None and self._can_enter and self._num_saved != self._num_batches:
-            contents = self._contents()
-            if self.stepper.processes.is_first:
-                self.checkpoints.write(self._num_batches, contents)
-            self._num_saved = self._num_batches
-
-    def _setting(self) -> dict[str, Any]:
-        """Return what must be the same for a fit to be continued."""
-        return {
-            "rows": self.source.num_rows,
-            "batch_size": self.source.batch_size,
-            "optimizer": self.stepper.optimizer_name,
-            "schedule": None if self.schedule is None else type(self.schedule).__name__,
-            "processes": self.stepper.processes.count,
-        }
-
-    def _contents(self) -> Any:
-        """Return all that the fit needs to be continued from here; every process has to ask."""
-        is_inside, processes = self._place.batches > 0, self.stepper.processes
-        state = {
-            "setting": self._setting(),
-            "place": asdict(self._place),
-            "order": self._order if is_inside else self._generator.get_state(),
-            "each": processes.gather([{"source": self.source.state(), "random": random_state()._asdict()}]),
-            "stepper": self.stepper.state(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "history": self.result.history,
-            "best_epoch": self.result.best_epoch,
-            "best": self._best_state,
-            "stopped_by": self.result.stopped_by,
-        }
-        return collect(self.module, state)
-
-    def _load(self) -> None:
-        """Go to where the latest checkpoint was written, if there is one."""
-        found = None if self.checkpoints is None else self.checkpoints.read_latest()
-        if found is None:
+        if self.checkpoints is None or self._num_saved == self._num_batches:
             return
-        path, contents = found
-        state = distribute(self.module, contents, path, self._setting())
-        self._place = _Place(**state["place"])
-        self._order = state["order"]
-        self._generator.set_state(self._order)
-        own = state["each"][self.stepper.processes.rank]
-        self.source.load_state(own["source"])
-        self.stepper.load_state(state["stepper"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
-        self.result.history, self.result.best_epoch = state["history"], state["best_epoch"]
-        self._best_state = state["best"]
-        if state["stopped_by"] in ("patience", "callback"):
-            self.result.stopped_by = state["stopped_by"]
+        if not self._can_enter:
+            warn_user(
+                f"No checkpoint is written inside an epoch of a given DataLoader: continuing begins with epoch "
+                f"{self.place.epochs + 1} anew. Give the Dataset itself with batch_size= to stop anywhere.",
+                AEVBWarning,
+            )
+            return
+        self._count_time()
+        contents = collect_state(self)
+        if self.stepper.processes.is_first:
+            self.checkpoints.write(self._num_batches, contents)
         self._num_saved = self._num_batches
-        restore_random_state(RandomState(**own["random"]))
 
-    def _finish(self) -> None:
-        """Count the steps, and publish ``pyro.param`` values."""
+    def _finish(self, *, is_over: bool) -> None:
+        """Count the steps, publish ``pyro.param`` values, and close the loggers."""
         stepper, result = self.stepper, self.result
         result.num_steps, result.num_skipped = stepper.num_steps, stepper.num_skipped
         result.execution, result.seconds_to_compile = stepper.execution, stepper.staging.seconds
         stepper.finish()
-        result.seconds_per_step = self._place.all_seconds / max(1, self._num_batches)
+        result.seconds_per_step = self.place.all_seconds / max(1, self._num_batches)
         self.module.program.write_param_store()
         for logger in self.plan.loggers:
-            logger.finalize("success")
+            try:
+                logger.finalize("success" if is_over else "failed")
+            except OSError as error:
+                warn_user(f"A logger could not write: {error}. The history is in the result.", AEVBWarning)
         if result.num_skipped:
             warn_user(
                 f"{result.num_skipped} of {self._num_batches} steps were skipped because the loss or its gradient was not finite.",

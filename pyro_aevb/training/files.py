@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,21 +46,22 @@ def write_file(path: str | Path, contents: Contents) -> None:
     """
     target = Path(path)
     tensors = _separate(contents.tensors)
-    text = json.dumps(contents.header | {"format": FORMAT})
+    text = _as_json(target, contents.header)
     metadata = {_KEY: text, _CHECKSUM: _checksum(text, tensors)}
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         save_file(tensors, temporary, metadata=metadata)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
         _flush_folder(target.parent)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError, KeyError) as error:
         raise FileError(
             f"Could not write {target}: {error}. A file that was there is unchanged, and what was to be saved is still in memory. "
             f"Make room, or give another folder."
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_file(path: str | Path) -> Contents:
@@ -72,8 +74,10 @@ def read_file(path: str | Path) -> Contents:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except (OSError, SafetensorError) as error:
+    except (FileNotFoundError, SafetensorError) as error:
         raise FileError(f"{path} is missing or damaged: {error}.") from error
+    except OSError as error:
+        raise FileError(f"{path} could not be read: {error}.") from error
     if _KEY not in metadata:
         raise FileError(f"{path} was not written by this package: its header has no {_KEY!r} entry.")
     try:
@@ -90,12 +94,25 @@ def read_file(path: str | Path) -> Contents:
     return Contents(header, tensors)
 
 
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _as_json(target: Path, header: dict[str, Any]) -> str:
+    try:
+        return json.dumps(header | {"format": FORMAT})
+    except TypeError as error:
+        raise FileError(f"Could not write {target}: its settings are no JSON values, {error}.") from error
+
+
+def _separate(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return dense tensors on the CPU, of which no two share memory: a file holds each by itself."""
     seen: set[int] = set()
     found = {}
     for name, tensor in tensors.items():
-        dense = tensor.detach().cpu().contiguous()
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+            what = f"a {tensor.layout} tensor" if isinstance(tensor, Tensor) else f"of type {type(tensor).__name__}"
+            raise FileError(
+                f"{name!r} can't be saved: it is {what}, and a file without pickle holds dense tensors. Keep it as one, or out of "
+                f"state_dict (a buffer with persistent=False)."
+            )
+        dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         storage = dense.untyped_storage()
         is_whole = storage.nbytes() == dense.numel() * dense.element_size()
         found[name] = dense if is_whole and storage.data_ptr() not in seen else dense.clone()

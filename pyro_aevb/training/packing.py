@@ -29,14 +29,12 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, np.generic):
+    if isinstance(value, (np.bool_, np.integer, np.floating)):
         return value.item()
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, np.ndarray):
-        tensors[name] = torch.from_numpy(np.ascontiguousarray(value))
-        return {"array": name}
+    if isinstance(value, (Tensor, np.ndarray)) and _is_storable(value):
+        key = name if name not in tensors else f"{name}#{len(tensors)}"  # names of parts may come to the same
+        tensors[key] = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        return {"tensor" if isinstance(value, Tensor) else "array": key}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return {kind: [pack(item, tensors, f"{name}.{index}") for index, item in enumerate(value)]}
@@ -47,6 +45,11 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
         f"The state {name!r} is of type {type(value).__name__}, which can't be saved without pickle. Expected numbers, strings, "
         f"tensors, numpy arrays, and lists, tuples and dicts of them."
     )
+
+
+def _is_storable(value: Tensor | np.ndarray) -> bool:
+    """Tell whether a file can hold an array: torch knows its type."""
+    return isinstance(value, Tensor) or (value.dtype.kind in "biufc" and value.dtype.isnative)
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:

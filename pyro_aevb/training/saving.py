@@ -13,10 +13,9 @@ from pyro_aevb.guides.base import AmortizedGuide
 from pyro_aevb.guides.saving import describe_guide
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.parameters import Program
-from pyro_aevb.training.data import Batch
 from pyro_aevb.training.files import Contents
 
-__all__ = ["FIT", "describe", "describe_program", "explain_difference", "load_tensors", "restore"]
+__all__ = ["FIT", "describe_program", "explain_difference", "load_tensors", "restore"]
 
 FIT = "fit/"
 """What names of tensors begin with that belong to a fit, not to the program."""
@@ -27,7 +26,8 @@ def describe_program(module: ObjectiveModule, batch: list[list[Any]] | None) -> 
 
     Args:
         module: Model, guide and objective.
-        batch: Shapes and types of a batch, from :func:`describe`, so that loading can read the model's structure without data.
+        batch: Shapes and types of a batch, from :func:`~pyro_aevb.training.batches.describe`, so that loading can read the
+            model's structure without data.
     """
     program, settings = module.program, getattr(module.objective, "settings", None)
     header = {
@@ -41,16 +41,6 @@ def describe_program(module: ObjectiveModule, batch: list[list[Any]] | None) -> 
         "is_growing": module.is_growing,
     }
     return Contents(header, dict(program.state_dict()))
-
-
-def describe(batch: Batch) -> list[list[Any]]:
-    """Return name (``None`` by position), type and shape of every tensor of a batch, as JSON values."""
-    named = [*((None, item) for item in batch.args), *batch.kwargs.items()]
-    return [
-        [name, str(item.dtype).removeprefix("torch."), list(item.shape)]
-        for name, item in named
-        if isinstance(item, Tensor)
-    ]
 
 
 def restore(module: ObjectiveModule, contents: Contents, path: str | Path) -> None:
@@ -86,14 +76,14 @@ def load_tensors(program: Program, tensors: dict[str, Tensor], path: str | Path)
     wrong = [name for name in own.keys() | tensors.keys() if not _same_shape(own.get(name), tensors.get(name))]
     if wrong:
         raise FileError(
-            f"{path} belongs to another model or guide: {len(wrong)} parameters are missing, extra or of another shape, first "
-            f"{sorted(wrong)[:3]}. Load it with the model and guide that it was saved with."
+            f"{path} belongs to another model or guide: {len(wrong)} parameters are missing, extra or of another shape or type, "
+            f"first {sorted(wrong)[:3]}. Load it with the model and guide that it was saved with."
         )
     program.load_state_dict(tensors)
 
 
 def _same_shape(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and a.shape == b.shape
+    return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
 
 
 def _build_on_constants(module: ObjectiveModule, header: dict[str, Any], path: str | Path) -> None:

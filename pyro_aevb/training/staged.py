@@ -20,7 +20,7 @@ from pyro_aevb.program.compiling import (
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.staging import compare, first_line, record
 from pyro_aevb.program.unchanged import Unchanged
-from pyro_aevb.training.data import Batch
+from pyro_aevb.training.batches import Batch, describe
 from pyro_aevb.training.whole_step import WholeStep, is_plain_adam
 
 __all__ = ["StagedLoss", "Staging"]
@@ -78,6 +78,7 @@ class Staging:
     Attributes:
         decision: What was decided, and why.
         seconds: Time that recording and compiling took.
+        recorded_on: What the batch that was recorded looked like.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Staging:
     ) -> None:
         self.compile, self.num_steps, self.announce = compile, num_steps, announce
         self.seconds = 0.0
+        self.recorded_on: list[Any] | None = None
         self._graph: Any = None
         self.decision = "eager: compile=False" if compile is False else ""
         if compile == "auto" and (num_steps is None or num_steps < FEWEST_STEPS):
@@ -100,12 +102,21 @@ class Staging:
         """Whether the decision waits for a batch."""
         return not self.decision
 
-    def decide_again(self, decision: str) -> None:
-        """Decide as an earlier fit did, which is continued: what is compiled rounds in other places than what is not."""
+    def decide_again(self, decision: str, recorded_on: list[Any] | None) -> None:
+        """Decide as an earlier fit did, which is continued: what is compiled rounds in other places than what is not.
+
+        Args:
+            decision: What was decided.
+            recorded_on: What the batch looked like that steps were recorded on; the first like it is waited for.
+        """
         if decision.startswith("eager"):
             self.decision = decision
         elif decision:
-            self.compile, self.decision = True, ""
+            self.compile, self.decision, self.recorded_on = True, "", recorded_on
+
+    def waits_for(self, batch: Batch) -> bool:
+        """Tell whether the decision waits for this batch: the first one, or the first like that of an earlier fit."""
+        return self.is_pending and self.recorded_on in (None, describe(batch))
 
     def stage(
         self, loss: StagedLoss, optimizer: Optimizer | None, batch: Batch, clip_norm: float | None
@@ -121,7 +132,7 @@ class Staging:
         Returns:
             A whole step as one graph, if the optimizer is one that such a step knows.
         """
-        start = time.perf_counter()
+        start, self.recorded_on = time.perf_counter(), describe(batch)
         try:
             return self._stage(loss, optimizer, batch, clip_norm)
         except KeyboardInterrupt:

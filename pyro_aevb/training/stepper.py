@@ -105,7 +105,7 @@ class Stepper:
 
     def _step(self, batch: Batch) -> float:
         """Stage and check where it is time to, take a step, and count it."""
-        if self.staging.is_pending:
+        if self.staging.waits_for(batch):
             self._whole = self.staging.stage(self.loss, self._plain, batch, self.clip_norm)
             # a learning-rate schedule looks for this, and warns that it came before the first step
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -204,15 +204,25 @@ class Stepper:
             "num_steps": self.num_steps,
             "num_skipped": self.num_skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
+            "num_whole": self._num_whole,
             "decision": self.staging.decision,
+            "recorded_on": self.staging.recorded_on,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a state, before the first step; what was decided about compiling then holds now."""
-        _plain(self.optimizer).load_state_dict(state["optimizer"])
+        optimizer = _plain(self.optimizer)
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise SettingError(
+                f"The saved state of the optimizer is that of other parameters: {error}. Freeze (requires_grad_) and group the "
+                f"same ones as then."
+            ) from error
+        _lay_out(optimizer)
         self.num_steps, self.num_skipped = state["num_steps"], state["num_skipped"]
-        self._skipped_in_a_row = state["skipped_in_a_row"]
-        self.staging.decide_again(state["decision"])
+        self._skipped_in_a_row, self._num_whole = state["skipped_in_a_row"], state["num_whole"]
+        self.staging.decide_again(state["decision"], state["recorded_on"])
 
     def finish(self) -> None:
         """Leave the optimizer as if it had taken every step itself."""
@@ -253,6 +263,15 @@ class Stepper:
             site=site,
             num_skipped=self.num_skipped,
         )
+
+
+def _lay_out(optimizer: Optimizer) -> None:
+    """Give a loaded state the strides of its parameters: fused Adam goes through the memory of both side by side."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            is_like = isinstance(value, Tensor) and value.shape == parameter.shape
+            if is_like and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _plain(optimizer: Any) -> Optimizer:

@@ -478,3 +478,29 @@ def test_where_a_dream_goes_is_found_out_for_each_layout_of_a_batch():
             other == column for other in range(x.shape[1])
         ]
         assert not x.any()
+
+
+def test_where_a_dream_goes_depends_on_which_arguments_are_one_and_on_types():
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y.float() if y.dtype == torch.uint8 else y)
+
+    seen = []
+
+    def guide(x, y):
+        seen.append((x.clone(), y.clone()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.0)), 1.0))
+
+    objective = WakeSleep()
+    x, y = torch.full((4,), 100.0), torch.full((4,), 200.0)
+    for _ in range(2):
+        objective.differentiable_loss(model, guide, x, x)
+        assert torch.equal(*seen[-1])
+        assert (seen[-1][0] < 50).all()
+        objective.differentiable_loss(model, guide, x, y)
+        assert torch.equal(seen[-1][0], x)
+        assert (seen[-1][1] < 50).all()
+    with pytest.raises(ModelError, match="not a view"):
+        objective.differentiable_loss(model, guide, x, torch.zeros(4, dtype=torch.uint8))

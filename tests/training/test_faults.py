@@ -75,8 +75,26 @@ def undisturbed():
     return fitted()
 
 
+class Slow(torch.utils.data.IterableDataset):
+    """A stream that dries up for a minute after twenty rows."""
+
+    def __iter__(self):
+        yield from X[:20]
+        time.sleep(60)
+        yield from X[20:]
+
+
+class Lasting(TensorDataset):
+    """Rows that take a while."""
+
+    def __getitem__(self, index):
+        time.sleep(0.002)
+        return super().__getitem__(index)
+
+
 def in_child(folder, pipe, settings):
     """Fit in a process of its own that tells each step."""
+    os.setpgrp()
     try:
         fitted(checkpoint=folder, resume=True, after_step=lambda: pipe.send(1), **settings)
     except SystemExit as error:
@@ -148,9 +166,10 @@ class TestKilled:
             pass
         child.kill()
         ended(child)
-        assert list(tmp_path.glob(".step-*"))  # it was half written
         assert steps_of(tmp_path)
         assert_same(undisturbed, fitted(width=width, num_epochs=1, checkpoint=tmp_path, every=2, resume=True))
+        (tmp_path / ".step-000000099.safetensors.1.2").write_text("half")
+        fitted(width=width, num_epochs=2, checkpoint=tmp_path, every=2, resume=True)
         assert not list(tmp_path.glob(".step-*"))  # what was left over is gone
 
 
@@ -191,6 +210,47 @@ class TestSignals:
         vi = fitted(checkpoint=tmp_path, after_step=after(7, twice))
         assert vi.result.stopped_by == "interrupt"
         assert steps_of(tmp_path) == []
+
+    def test_inside_an_epoch_of_a_given_loader(self, tmp_path):
+        def make(**settings):
+            loader = DataLoader(TensorDataset(X), 10, shuffle=True)
+            return fitted(loader, checkpoint=tmp_path, **settings)
+
+        with pytest.warns(AEVBWarning, match="begins with epoch 2 anew"):
+            make(after_step=after(17, lambda: signal.raise_signal(signal.SIGINT)))
+        assert steps_of(tmp_path) == [10]
+        assert_same(fitted(DataLoader(TensorDataset(X), 10, shuffle=True)), make(resume=True))
+
+    def test_while_a_stream_gives_nothing(self, tmp_path):
+        child, pipe = started(tmp_path, data=Slow(), every=1, num_epochs=1)
+        wait_for_steps(pipe, 2)
+        time.sleep(0.3)  # it waits for the third batch
+        begun = time.monotonic()
+        os.kill(child.pid, signal.SIGTERM)
+        assert ended(child) == 143
+        assert time.monotonic() - begun < 15  # and not the minute that the row would take
+        assert steps_of(tmp_path) == [1, 2]
+
+    def test_to_workers_too(self, tmp_path):
+        child, pipe = started(tmp_path, data=DataLoader(Lasting(X), 10, num_workers=1), num_epochs=9)
+        wait_for_steps(pipe, 12)
+        os.killpg(child.pid, signal.SIGTERM)
+        assert ended(child) == 143
+
+    def test_ignored_ones_stay_ignored(self, undisturbed, tmp_path):
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            vi = fitted(checkpoint=tmp_path, after_step=after(7, lambda: signal.raise_signal(signal.SIGTERM)))
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert_same(undisturbed, vi)
+
+    def test_without_checkpoints_they_act_as_ever(self):
+        seen = []
+        before = signal.getsignal(signal.SIGTERM)
+        fitted(num_epochs=1, after_step=lambda: seen.append(signal.getsignal(signal.SIGTERM)))
+        assert set(seen) == {before}
 
     def test_handlers_are_put_back(self, tmp_path):
         before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -254,7 +314,10 @@ class TestFullDisk:
         assert steps_of(tmp_path) == [2, 4]
         for name, value in vi.module.state_dict().items():
             assert torch.equal(value, seen[0][name]), name
-        assert vi.result is None or vi.result.num_steps == 6
+        vi.save(tmp_path / "elsewhere")  # as the message says
+        loaded = AEVB.load(tmp_path / "elsewhere", Model())
+        draws, again = (item.posterior(X[:4], num_samples=3, seed=0)["z"] for item in (vi, loaded))
+        assert torch.equal(draws, again)
         assert_same(undisturbed, fitted(checkpoint=tmp_path, every=2, resume=True))
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")

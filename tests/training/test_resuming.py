@@ -1,7 +1,11 @@
 """A fit that was stopped continues bit for bit as if it had not been, whatever its data, optimizer, schedule and objective are."""
 
+import copy
 import functools
 import json
+import os
+import stat
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -15,9 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR, ReduceLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_aevb import AEVB, IWELBO, SGVB, WakeSleep
-from pyro_aevb.errors import FileError, SettingError
+from pyro_aevb.errors import AEVBWarning, FileError, NonFiniteError, SettingError
 from pyro_aevb.training.files import read_file
 from pyro_aevb.training.packing import pack, unpack
+from pyro_aevb.training.saving import load_tensors
 
 torch.manual_seed(1)
 X = torch.randn(47, 3)
@@ -107,7 +112,7 @@ def continued(folder, at, settings=dict, *, data=lambda: X, make=adam, every=3):
         fitted(data(), optimizer=Flaky(make, at), checkpoint=folder, every=every, **settings())
     torch.manual_seed(999)  # nothing of the present generators may matter
     np.random.seed(999)
-    other = {"seed": 5} if any(folder.iterdir()) else {}  # the checkpoint's generators go on
+    other = {"seed": 5} if any(folder.glob("step-*")) else {}  # the checkpoint's generators go on
     return fitted(data(), optimizer=make, checkpoint=folder, every=every, resume=True, **settings() | other)
 
 
@@ -184,6 +189,7 @@ class TestBitForBit:
                 fitted(optimizer=Flaky(adam, at), checkpoint=tmp_path, every=1, resume=True)
         assert_same(fitted(optimizer=adam), fitted(optimizer=adam, checkpoint=tmp_path, every=1, resume=True))
 
+    @pytest.mark.slow
     def test_compiled(self, tmp_path):
         def settings():
             return {"compile": True, "model": Plain()}
@@ -218,21 +224,228 @@ class Augmented(torch.utils.data.Dataset):
         return X[index] + 0.1 * torch.randn(3) + np.random.normal()
 
 
+class Filters(nn.Module):
+    """A convolution whose weight lies in memory channels last, and a transposed parameter."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(7)
+        self.net = nn.Conv2d(2, 3, 3, padding=1).to(memory_format=torch.channels_last)
+        self.turned = nn.Parameter(torch.randn(3, 2).t())
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            images = z[:, :, None, None].expand(len(x), 2, 3, 3).contiguous(memory_format=torch.channels_last)
+            loc = self.net(images).mean((-1, -2)) + z @ self.turned
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+class Counting(nn.Module):
+    """A model that writes into a buffer which is not saved with it, and whose rows depend on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(3))
+        self.register_buffer("mean", torch.zeros(3), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(0.1 * x.mean(0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+            pyro.sample("x", dist.Normal(self.loc + z + self.mean, 1.0).to_event(1), obs=x)
+
+
+class Remembering:
+    """A callback with a state: an average of the bound, which goes into the record."""
+
+    def __init__(self):
+        self.average = 0.0
+
+    def __call__(self, event):
+        self.average = 0.5 * self.average + 0.5 * event.record["bound"]
+        event.record["average"] = self.average
+
+    def state_dict(self):
+        return {"average": self.average}
+
+    def load_state_dict(self, state):
+        self.average = state["average"]
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Rows of an epoch that knows where it stands."""
+
+    def __init__(self):
+        self.place = 0
+
+    def __iter__(self):
+        for row in X.roll(self.place, 0):
+            self.place += 1
+            yield row
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+class Turning(TensorDataset):
+    """Rows that are NaN once the first batch was looked at."""
+
+    count = 0
+
+    def __getitem__(self, index):
+        self.count += 1
+        (row,) = super().__getitem__(index)
+        return row if self.count <= 40 else row * float("nan")
+
+
+class TestWhatElseAStepDependsOn:
+    def two_and_two(self, folder, make):
+        """Compare four epochs with twice two."""
+        whole = make({"num_epochs": 4})
+        make({"num_epochs": 2, "checkpoint": folder})
+        assert_same(whole, make({"num_epochs": 4, "checkpoint": folder, "resume": True}))
+
+    def test_layouts_in_memory_under_the_default_optimizer(self, tmp_path):
+        self.two_and_two(tmp_path, lambda settings: fitted(model=Filters(), learning_rate=0.02, **settings))
+
+    def test_buffers_that_are_not_saved(self, tmp_path):
+        self.two_and_two(tmp_path, lambda settings: fitted(model=Counting(), **settings))
+
+    def test_callbacks_with_a_state(self, tmp_path):
+        self.two_and_two(tmp_path, lambda settings: fitted(callbacks=[Remembering()], **settings))
+
+    def test_a_validation_loader_with_a_generator(self, tmp_path):
+        def make(settings):
+            generator = torch.Generator().manual_seed(4)
+            held_out = DataLoader(TensorDataset(X[:20]), 5, shuffle=True, generator=generator)
+            return fitted(validation=held_out, **settings)
+
+        self.two_and_two(tmp_path, make)
+
+    def test_a_growing_number_of_rows(self, tmp_path):
+        def make(settings):
+            pyro.clear_param_store()
+            vi = AEVB(Plain(), num_data="growing", compile=False)
+            vi.fit(Endless(), batch_size=10, seed=3, progress=False, **settings)
+            return vi
+
+        self.two_and_two(tmp_path, make)
+        assert read_file(max(tmp_path.glob("step-*"))).header["num_data"] == 4 * len(X)
+
+    def test_batches_skipped_in_a_row(self, tmp_path):
+        def make(**settings):
+            vi = AEVB(Plain(), compile=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", AEVBWarning)
+                vi.fit(Turning(X), batch_size=40, num_epochs=9, progress=False, max_skipped=3, **settings)
+
+        with pytest.raises(NonFiniteError, match="4 steps in a row"):
+            make(checkpoint=tmp_path, every=1)
+        with pytest.raises(NonFiniteError, match="4 steps in a row"):
+            make(checkpoint=tmp_path, every=1, resume=True)
+        assert steps(tmp_path)[-1] == 3  # and not begun to count anew
+
+    def test_the_decision_to_compile(self, tmp_path):
+        first = fitted(model=Plain(), compile="auto", checkpoint=tmp_path, num_epochs=1)
+        again = fitted(
+            model=Plain(), compile="auto", checkpoint=tmp_path, resume=True, num_epochs=9_000, callbacks=[stop]
+        )
+        assert again.result.execution == first.result.execution == "eager: 5 steps ahead do not repay compiling"
+
+    @pytest.mark.slow
+    def test_a_compiled_fit_that_continues_with_a_short_batch(self, tmp_path):
+        def make(**settings):
+            return fitted(model=Plain(), optimizer=adam, compile=True, **settings)
+
+        whole = make()
+        with pytest.raises(StoppedError):
+            make(checkpoint=tmp_path, every=4, callbacks=[fail])
+        assert steps(tmp_path) == [4]
+        again = make(checkpoint=tmp_path, every=4, resume=True)
+        assert_same(whole, again)
+        assert again.result.execution == whole.result.execution
+
+    def test_another_number_of_threads_is_told(self, tmp_path):
+        fitted(checkpoint=tmp_path, num_epochs=1)
+        before = torch.get_num_threads()
+        torch.set_num_threads(before + 1)
+        try:
+            with pytest.warns(AEVBWarning, match=rf"not bit for bit.*threads {before} then, {before + 1} now"):
+                fitted(checkpoint=tmp_path, num_epochs=2, resume=True)
+        finally:
+            torch.set_num_threads(before)
+
+
+def stop(event):
+    return True
+
+
+def fail(event):
+    raise StoppedError
+
+
+def steps(folder):
+    return [int(path.stem[5:]) for path in sorted(folder.glob("step-*.safetensors"))]
+
+
 class TestFolder:
     def test_an_empty_one_begins_anew(self, tmp_path):
         folder = tmp_path / "not" / "there"
         assert_same(fitted(optimizer=adam), fitted(optimizer=adam, checkpoint=folder, resume=True))
-        assert [path.name for path in sorted(folder.iterdir())] == [f"step-{n:09d}.safetensors" for n in (10, 15, 20)]
+        assert [path.name for path in sorted(folder.glob("*.safetensors"))] == [
+            f"step-{n:09d}.safetensors" for n in (10, 15, 20)
+        ]
 
     def test_the_last_few_stay(self, tmp_path):
         fitted(checkpoint=tmp_path, every=4, keep=2)
-        assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-{n:09d}.safetensors" for n in (16, 20)]
+        assert [path.name for path in sorted(tmp_path.glob("*.safetensors"))] == [
+            f"step-{n:09d}.safetensors" for n in (16, 20)
+        ]
 
     def test_a_finished_fit_comes_back(self, tmp_path):
         settings = {"validation": X[:9], "patience": 1, "num_epochs": 30, "optimizer": fast}
         first = fitted(checkpoint=tmp_path, **settings)
         assert first.result.stopped_by == "patience"
         assert_same(first, fitted(checkpoint=tmp_path, resume=True, **settings))
+
+    def test_what_a_callback_ended_goes_on(self, tmp_path):
+        ended = fitted(optimizer=adam, checkpoint=tmp_path, callbacks=[stop])
+        assert ended.result.stopped_by == "callback"
+        assert len(ended.result.history) == 1
+        assert_same(fitted(optimizer=adam), fitted(optimizer=adam, checkpoint=tmp_path, resume=True))
+
+    def test_patience_is_that_of_now(self, tmp_path):
+        settings = {"validation": X[:9], "num_epochs": 30, "optimizer": fast}
+        first = fitted(checkpoint=tmp_path, patience=1, **settings)
+        again = fitted(checkpoint=tmp_path, patience=5, resume=True, **settings)
+        assert len(again.result.history) > len(first.result.history)
+        assert_same(fitted(patience=5, **settings), again)
+
+    def test_fewer_epochs_than_are_done(self, tmp_path):
+        fitted(checkpoint=tmp_path)
+        with pytest.raises(SettingError, match=r"4 epochs behind it, more than num_epochs=2"):
+            fitted(checkpoint=tmp_path, num_epochs=2, resume=True)
+
+    def test_two_fits_at_once(self, tmp_path):
+        def meddle(event):
+            with torch.random.fork_rng(), pytest.raises(FileError, match="Another fit that is running"):
+                fitted(checkpoint=tmp_path, resume=True)
+
+        assert_same(fitted(), fitted(checkpoint=tmp_path, callbacks=[meddle]))
+
+    def test_a_file_is_on_disk_before_it_has_its_name_and_its_name_before_the_fit_goes_on(self, tmp_path, monkeypatch):
+        calls, fsync, replace = [], os.fsync, os.replace
+        monkeypatch.setattr(os, "fsync", lambda file: (calls.append(os.fstat(file).st_mode), fsync(file)))
+        monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
+        AEVB(Plain()).save(tmp_path / "vi")
+        file, rename, folder = calls
+        assert (stat.S_ISREG(file), rename, stat.S_ISDIR(folder)) == (True, "rename", True)
 
     def test_more_epochs(self, tmp_path):
         fitted(optimizer=adam, checkpoint=tmp_path, num_epochs=2)
@@ -304,6 +517,37 @@ class TestRefusals:
     def test_other_data(self, folder):
         self.refuse(SettingError, r"rows=47 \(now 30\)", folder, X[:30])
 
+    def test_other_rows_of_the_same_shape(self, folder):
+        self.refuse(SettingError, r"data='float32 \[47, 3\], checksum", folder, -X)
+
+    def test_another_objective(self, folder):
+        self.refuse(SettingError, r"objective='SGVB' \(now 'IWELBO'\)", folder, objective=IWELBO(3))
+        self.refuse(SettingError, r"settings of the objective", folder, objective=SGVB(2))
+
+    def test_another_type_of_numbers(self, folder):
+        program = fitted(model=Plain()).module.program
+        before = copy.deepcopy(program.state_dict())
+        with pytest.raises(FileError, match="shape or type"):
+            load_tensors(program, {name: item.double() for name, item in before.items()}, "file")
+        assert all(torch.equal(item, before[name]) for name, item in program.state_dict().items())
+
+    def test_frozen_parameters(self, folder):
+        model = Plain()
+        model.decoder.bias.requires_grad_(False)
+        self.refuse(SettingError, r"other parameters.*requires_grad_", folder, model=model)
+
+    def test_states_of_callbacks(self, folder):
+        self.refuse(FileError, r"0 callbacks, and 1 callbacks keep one", folder, callbacks=[Remembering()])
+
+    def test_what_can_not_be_read_is_not_called_damaged(self, folder):
+        (path,) = folder.glob("step-*")
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(FileError) as caught:
+            fitted(model=Plain(), checkpoint=folder, resume=True)
+        assert "Delete" not in str(caught.value)
+        assert "Empty" not in str(caught.value)
+
     def test_another_optimizer(self, folder):
         self.refuse(SettingError, r"optimizer='Adam' \(now 'SGD'\)", folder, optimizer=momentum)
 
@@ -355,6 +599,27 @@ class TestPacking:
         assert isinstance(found[3], tuple)
         assert torch.equal(found[3][0], values[3][0])
         assert found[3][1].dtype == np.uint32
+
+    def test_names_that_come_to_the_same(self):
+        values = {"a.b": torch.ones(2), "a": {"b": torch.zeros(2)}, 1: torch.ones(1), "1": torch.zeros(1)}
+        tensors = {}
+        found = unpack(json.loads(json.dumps(pack(values, tensors, "x"))), tensors)
+        assert found["a.b"].sum() == 2
+        assert found["a"]["b"].sum() == 0
+        assert (found[1].sum(), found["1"].sum()) == (1, 0)
+
+    @pytest.mark.parametrize(
+        "value", [np.complex128(1j), np.array(["a"]), np.array([object()]), np.arange(3, dtype=">i4")]
+    )
+    def test_arrays_that_torch_does_not_know(self, value):
+        with pytest.raises(FileError, match="without pickle"):
+            pack(value, {}, "state")
+
+    def test_an_array_without_axes(self):
+        tensors = {}
+        found = unpack(pack(np.array(0.5), tensors, "x"), tensors)
+        assert found.shape == ()
+        assert found == 0.5
 
     def test_what_needs_pickle(self):
         with pytest.raises(FileError, match=r"'state\.a' is of type object.*without pickle"):
