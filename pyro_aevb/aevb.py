@@ -145,8 +145,8 @@ class AEVB:
         try:
             self.result = fit_module(self._module, data, **{"compile": self.compile, **settings})
         finally:  # a fit that failed leaves the last good state, to be saved too
-            if self._module.structure is not None and self._module.example is not None:
-                self._keep_template(Batch(self._module.example[0], dict(self._module.example[1])))
+            if (example := self._module.example) is not None and self._module.structure is not None:
+                self._keep_template(Batch(example[0], dict(example[1])))
         return self.result
 
     def partial_fit(
@@ -360,9 +360,8 @@ class AEVB:
 
     def _keep_template(self, batch: Batch) -> None:
         self._batch_shapes = describe(batch)
-        self._template = Batch(
-            tuple(item.clone() for item in batch.args), {n: item.clone() for n, item in batch.kwargs.items()}
-        )
+        args, kwargs = batch
+        self._template = Batch(tuple(item.clone() for item in args), {n: item.clone() for n, item in kwargs.items()})
 
     def _rows(self, batch: tuple[Any, ...], covariates: dict[str, Any]) -> Batch:
         """Accept numpy arrays and put tensors on the parameters' device."""

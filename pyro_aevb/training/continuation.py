@@ -3,54 +3,85 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_aevb.errors import AEVBWarning, FileError, warn_user
+from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.randomness import RandomState, random_state, restore_random_state
 from pyro_aevb.training.checkpoint import Checkpoints, collect, distribute
 from pyro_aevb.training.data import BatchSource
 from pyro_aevb.training.files import Contents
 from pyro_aevb.training.place import Place
+from pyro_aevb.training.result import FitResult
+from pyro_aevb.training.stepper import Stepper
 
-if TYPE_CHECKING:
-    from pyro_aevb.training.epochs import Epochs
-
-__all__ = ["collect_state", "load_state"]
+__all__ = ["Standing", "collect_state", "load_state"]
 
 
-def collect_state(epochs: "Epochs") -> Contents:
+class Standing(Protocol):
+    """A fit between two steps.
+
+    Attributes:
+        module: Model, guide and objective.
+        stepper: Takes the steps.
+        source: Rows to train on.
+        validation: Held-out rows.
+        schedule: Of the learning rate.
+        callbacks: Called after each epoch.
+        result: What has happened.
+        place: Where the fit stands.
+        generator: Draws the order of each epoch.
+        order: Its state at the beginning of the present one.
+        best_state: Parameters of the best validation bound.
+    """
+
+    module: ObjectiveModule
+    stepper: Stepper
+    source: BatchSource
+    validation: BatchSource | None
+    schedule: LRScheduler | None
+    callbacks: Sequence[Any]
+    result: FitResult
+    place: Place
+    generator: torch.Generator
+    order: Tensor
+    best_state: dict[str, Tensor] | None
+
+
+def collect_state(fit: Standing) -> Contents:
     """Return all that a fit needs to be continued from here; every process has to ask.
 
     Args:
-        epochs: The fit, between two steps.
+        fit: The fit.
     """
-    place, stepper, validation = epochs.place, epochs.stepper, epochs.validation
+    place, stepper, validation = fit.place, fit.stepper, fit.validation
     own = {
-        "source": epochs.source.state(),
+        "source": fit.source.state(),
         "validation": {} if validation is None else validation.state(),
         "random": random_state()._asdict(),
     }
     state = {
-        "setting": _setting(epochs),
+        "setting": _setting(fit),
         "circumstances": _circumstances(),
         "place": asdict(place),
-        "order": epochs.order if place.batches > 0 else epochs.generator.get_state(),
+        "order": fit.order if place.batches > 0 else fit.generator.get_state(),
         "each": stepper.processes.gather([own]),
         "stepper": stepper.state(),
-        "schedule": None if epochs.schedule is None else epochs.schedule.state_dict(),
-        "callbacks": _callback_states(epochs.plan.callbacks),
-        "buffers": _passing_buffers(epochs.module),
-        "history": epochs.result.history,
-        "best_epoch": epochs.result.best_epoch,
-        "best": epochs.best_state,
+        "schedule": None if fit.schedule is None else fit.schedule.state_dict(),
+        "callbacks": _callback_states(fit.callbacks),
+        "buffers": _passing_buffers(fit.module),
+        "history": fit.result.history,
+        "best_epoch": fit.result.best_epoch,
+        "best": fit.best_state,
     }
-    return collect(epochs.module, state)
+    return collect(fit.module, state)
 
 
-def load_state(epochs: "Epochs", checkpoints: Checkpoints) -> bool:
+def load_state(fit: Standing, checkpoints: Checkpoints) -> bool:
     """Bring a fit that has not begun to where the latest checkpoint was written; tell whether there is one.
 
     Raises:
@@ -61,39 +92,39 @@ def load_state(epochs: "Epochs", checkpoints: Checkpoints) -> bool:
     if found is None:
         return False
     path, contents = found
-    state = distribute(epochs.module, contents, path, _setting(epochs))
-    epochs.place, epochs.order = Place(**state["place"]), state["order"]
-    epochs.generator.set_state(epochs.order)
-    own = state["each"][epochs.stepper.processes.rank]
-    epochs.source.load_state(own["source"])
-    if epochs.validation is not None and own["validation"]:
-        epochs.validation.load_state(own["validation"])
-    epochs.stepper.load_state(state["stepper"])
-    if epochs.schedule is not None:
-        epochs.schedule.load_state_dict(state["schedule"])
-    _load_callbacks(epochs, state["callbacks"])
-    for name, buffer in _passing_buffers(epochs.module).items():
+    state = distribute(fit.module, contents, path, _setting(fit))
+    fit.place, fit.order = Place(**state["place"]), state["order"]
+    fit.generator.set_state(fit.order)
+    own = state["each"][fit.stepper.processes.rank]
+    fit.source.load_state(own["source"])
+    if fit.validation is not None and own["validation"]:
+        fit.validation.load_state(own["validation"])
+    fit.stepper.load_state(state["stepper"])
+    if fit.schedule is not None:
+        fit.schedule.load_state_dict(state["schedule"])
+    _load_callbacks(fit, state["callbacks"])
+    for name, buffer in _passing_buffers(fit.module).items():
         buffer.copy_(state["buffers"][name])
-    epochs.result.history, epochs.result.best_epoch = state["history"], state["best_epoch"]
-    epochs.best_state = state["best"]
+    fit.result.history, fit.result.best_epoch = state["history"], state["best_epoch"]
+    fit.best_state = state["best"]
     _compare_circumstances(state["circumstances"])
     restore_random_state(RandomState(**own["random"]))
     return True
 
 
-def _setting(epochs: "Epochs") -> dict[str, Any]:
+def _setting(fit: Standing) -> dict[str, Any]:
     """Return what must be the same for a fit to be continued."""
-    module = epochs.module
+    module = fit.module
     return {
-        "rows": epochs.source.num_rows,
-        "data": _fingerprint(epochs.source),
-        "batch_size": epochs.source.batch_size,
+        "rows": fit.source.num_rows,
+        "data": _fingerprint(fit.source),
+        "batch_size": fit.source.batch_size,
         "num_data": "growing" if module.is_growing else module.num_data,
         "objective": type(module.objective).__name__,
         "settings of the objective": getattr(module.objective, "settings", None),
-        "optimizer": epochs.stepper.optimizer_name,
-        "schedule": None if epochs.schedule is None else type(epochs.schedule).__name__,
-        "processes": epochs.stepper.processes.count,
+        "optimizer": fit.stepper.optimizer_name,
+        "schedule": None if fit.schedule is None else type(fit.schedule).__name__,
+        "processes": fit.stepper.processes.count,
     }
 
 
@@ -134,9 +165,9 @@ def _has_state(callback: Any) -> bool:
     return hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
 
 
-def _load_callbacks(epochs: "Epochs", states: list[Any]) -> None:
+def _load_callbacks(fit: Standing, states: list[Any]) -> None:
     """Give states back to callbacks that had one, in the order in which they are given."""
-    keeping: list[Any] = [item for item in epochs.plan.callbacks if _has_state(item)]
+    keeping: list[Any] = [item for item in fit.callbacks if _has_state(item)]
     saved = [state for state in states if state is not None]
     if len(keeping) != len(saved):
         raise FileError(

@@ -78,6 +78,7 @@ class Epochs:
     ) -> None:
         self.module, self.stepper, self.source, self.plan = module, stepper, source, plan
         self.validation, self.checkpoints = validation, checkpoints
+        self.callbacks = plan.callbacks
         self.schedule: LRScheduler | None = None
         self.result = FitResult(module=module)
         self.place = Place()
@@ -111,7 +112,7 @@ class Epochs:
             for module, mode in modes:
                 module.training = mode
             self._finish(is_over=is_over)
-        for callback in self.plan.callbacks:
+        for callback in self.callbacks:
             finish = getattr(callback, "finish", None)
             if finish is not None:
                 finish(self.result)
@@ -264,9 +265,9 @@ class Epochs:
             ", ".join(f"{name} {record[name]:.2f}" for name in ("epoch", "bound", "validation_bound") if name in record)
         )
         event = EpochEnd(place.epochs, record, self.module)
-        if self.plan.callbacks:
+        if self.callbacks:
             self.stepper.expect_change()
-        wants_end = sum(callback(event) is True for callback in self.plan.callbacks) > 0
+        wants_end = sum(callback(event) is True for callback in self.callbacks) > 0
         if self.stepper.processes.any(is_true=wants_end):
             result.stopped_by = "callback"
         elif self._is_out_of_patience:

@@ -20,7 +20,8 @@ class FitResult:
             ``num_skipped``, ``seconds``.
         num_steps: Optimisation steps taken.
         num_skipped: Steps skipped because loss or gradient was not finite.
-        stopped_by: ``"epochs"``, ``"patience"``, ``"callback"``, ``"stream"`` (an iterator gave no more), ``"interrupt"`` or ``"sigterm"``.
+        stopped_by: ``"epochs"``, ``"patience"``, ``"callback"``, ``"stream"`` (an iterator gave no more), ``"interrupt"`` or
+            ``"sigterm"``.
         best_epoch: Epoch of the best validation bound, whose state was restored if ``patience`` was given.
         seconds_per_step: Mean wall-clock time of a step, validation left out.
         execution: How steps ran, eagerly or compiled, and why.
