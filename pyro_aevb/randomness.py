@@ -12,7 +12,15 @@ from torch import Tensor
 
 from pyro_aevb.errors import SettingError
 
-__all__ = ["RandomState", "check_seed", "preserved_rng", "random_state", "replayed_rng", "restore_random_state", "seeded"]
+__all__ = [
+    "RandomState",
+    "check_seed",
+    "preserved_rng",
+    "random_state",
+    "replayed_rng",
+    "restore_random_state",
+    "seeded",
+]
 
 
 class RandomState(NamedTuple):

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from pyro_aevb.training.stepper import Stepper
 __all__ = ["Standing", "collect_state", "load_state"]
 
 
+@runtime_checkable
 class Standing(Protocol):
     """A fit between two steps.
 
