@@ -18,6 +18,14 @@ from pyro_aevb.randomness import seeded
 from pyro_aevb.training.checkpoint import Checkpoints
 from pyro_aevb.training.data import BatchSource, as_source
 from pyro_aevb.training.epochs import Epochs, Plan
+from pyro_aevb.training.fit_settings import (
+    check_checkpoint,
+    check_makers,
+    check_numbers,
+    check_objective,
+    check_together,
+    make_schedule,
+)
 from pyro_aevb.training.loggers import LoggerSetting, find_loggers
 from pyro_aevb.training.preparation import prepare
 from pyro_aevb.training.result import EpochEnd, FitResult
@@ -169,10 +177,12 @@ def fit_module(
         NonFiniteError: If too many steps in a row were skipped; parameters are those of the last good step.
         ProcessError: If another process has ended, or does not answer within the process group's timeout.
     """
-    _check_objective(module.objective)
+    check_objective(module.objective)
     check_count("num_epochs", num_epochs)
-    _check_numbers(optimizer, learning_rate, clip_norm, patience, validation, max_skipped)
-    _check_checkpoint(checkpoint, every, keep, resume=resume)
+    check_numbers(learning_rate, clip_norm, patience, max_skipped)
+    check_makers(optimizer, schedule, callbacks)
+    check_together(optimizer, learning_rate, patience, validation)
+    check_checkpoint(checkpoint, every, keep, resume=resume)
     check_compile(compile)
     checkpoints = None if checkpoint is None else Checkpoints(checkpoint, keep=keep, resume=resume)
     loggers = find_loggers(logger, checkpoint or "logs")
@@ -186,47 +196,9 @@ def fit_module(
         stepper = Stepper(module, make, clip_norm=clip_norm, fabric=fabric, max_skipped=max_skipped, staging=staging)
         plan = Plan(num_epochs, patience, callbacks, progress, every, [*stepper.fabric.loggers, *loggers])
         epochs = Epochs(module, stepper, source, plan, _held_out(module, validation), checkpoints)
-        epochs.schedule = schedule(stepper.optimizer) if schedule else None
+        epochs.schedule = make_schedule(schedule, stepper.optimizer)
         processes.draw_apart()
         return epochs.run()
-
-
-def _check_objective(objective: ELBO) -> None:
-    if not isinstance(objective, ELBO) or not hasattr(objective, "differentiable_loss"):
-        raise SettingError(
-            f"The objective {type(objective).__name__} has no differentiable_loss. Use SGVB, IWELBO, WakeSleep or "
-            f"ReweightedWakeSleep of this package (IWELBO is the per-row bound that RenyiELBO means to be), or a loss of Pyro's "
-            f"such as Trace_ELBO."
-        )
-
-
-def _check_numbers(
-    optimizer: OptimizerMaker | None,
-    learning_rate: float | None,
-    clip_norm: float | None,
-    patience: int | None,
-    validation: Any,
-    max_skipped: int,
-) -> None:
-    if optimizer is not None and learning_rate is not None:
-        raise SettingError(
-            "learning_rate belongs to the default optimizer; give it to your own with functools.partial."
-        )
-    for name, number in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
-        if number is not None and not number > 0:
-            raise SettingError(f"{name} must be positive, got {number}.")
-    if max_skipped < 0:
-        raise SettingError(f"max_skipped must be at least 0, got {max_skipped}.")
-    if patience is not None and (patience < 1 or validation is None):
-        raise SettingError(f"patience needs validation data and must be at least 1, got {patience}.")
-
-
-def _check_checkpoint(checkpoint: str | Path | None, every: int | None, keep: int, *, resume: bool) -> None:
-    if checkpoint is None and (every is not None or resume):
-        raise SettingError("every and resume need a folder for checkpoints: checkpoint='...'.")
-    if every is not None:
-        check_count("every", every)
-    check_count("keep", keep)
 
 
 def _held_out(module: ObjectiveModule, validation: Any) -> BatchSource | None:
