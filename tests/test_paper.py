@@ -157,6 +157,7 @@ def test_means_of_log_p_have_both_errors_and_differences_leave_flagged_rows_out(
     difference = evidence.compare(rows, exact)
     assert (difference["kept"], difference["difference"], difference["largest"]) == (2, pytest.approx(0.25), -5.0)
     assert difference["difference_all"] == pytest.approx(-1.5)
+    assert difference["monte_carlo_error"] == pytest.approx(math.sqrt(2 * 0.09) / 2)
 
 
 def test_digits_are_drawn_anew_after_each_epoch_and_the_fit_sees_it() -> None:

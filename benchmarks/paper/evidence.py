@@ -1,5 +1,6 @@
 """log p(x) of digits under one kept network by one estimator, row by row, so that more rows can be added later."""
 
+import math
 import sys
 import time
 import warnings
@@ -94,14 +95,17 @@ def summarize(rows: list[Row]) -> Row:
 
 
 def compare(rows: list[Row], exact: list[Row]) -> Row:
-    """Return the mean difference over rows that neither estimator flags, the same over all, and the largest, nats."""
+    """Return the mean difference over rows that neither flags with its Monte Carlo error, that over all, and the largest, nats."""
     pairs = list(zip(rows, exact, strict=False))
-    kept = [a["value"] - b["value"] for a, b in pairs if not (a["is_flagged"] or b["is_flagged"])]
+    sound = [(a, b) for a, b in pairs if not (a["is_flagged"] or b["is_flagged"])]
+    kept = [a["value"] - b["value"] for a, b in sound]
+    noise = [a["standard_error"] ** 2 for a, _ in sound if not math.isnan(a["standard_error"])]
     every = [a["value"] - b["value"] for a, b in pairs]
     return {
         "rows": len(pairs),
         "kept": len(kept),
-        "difference": sum(kept) / len(kept) if kept else float("nan"),
+        "difference": sum(kept) / len(kept) if kept else math.nan,
+        "monte_carlo_error": math.sqrt(sum(noise)) / len(kept) if kept else math.nan,
         "difference_all": sum(every) / len(every),
         "largest": max(every, key=abs),
     }

@@ -242,7 +242,7 @@ def _estimators(out: Path) -> list[str]:
         [
             f"{row['num_train']:,}, {METHODS[row['method']]}",
             {"reciprocal": "App. D", "bridge": "bridge", "ais": "AIS"}[row["estimator"]],
-            f"{row['difference']:+.4f} ({row['kept']})",
+            f"{row['difference']:+.4f} ± {row['monte_carlo_error']:.4f} ({row['kept']})",
             f"{row['difference_all']:+.4f} ({row['rows']})",
             f"{row['largest']:+.2f}",
         ]
@@ -254,5 +254,7 @@ def _estimators(out: Path) -> list[str]:
         "Differences to quadrature, nats: the mean over digits that neither flags as unreliable, over all, and the largest of one "
         "digit. App. D is the paper's estimator with its 50 draws by HMC of 4 leapfrog steps:",
         "",
-        *table(("N_train, method", "estimator", "mean (digits)", "mean over all", "largest"), cells),
+        *table(
+            ("N_train, method", "estimator", "mean ± Monte Carlo error (digits)", "mean over all", "largest"), cells
+        ),
     ]
