@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -106,7 +107,7 @@ def _curve(job: Job) -> Curve:
 
 def _measure(job: Job, kind: str) -> Row:
     """Train one of the three at the best rate, and judge it on new digits."""
-    curve, num_samples = _curve(job), job.samples(_SAMPLES)
+    curve, num_samples, begin = _curve(job), job.samples(_SAMPLES), time.perf_counter()
     trials = {rate: _trial(curve, kind, rate, min(_TRIAL_SAMPLES, num_samples)) for rate in RATES}
     rate = max(trials, key=lambda rate: trials[rate])
     kept: dict[str, Any] = {"checkpoint": job.state / f"full_vb_{kind}", "every": 500, "keep": 1, "resume": True}
@@ -123,6 +124,7 @@ def _measure(job: Job, kind: str) -> Row:
         "kind": kind,
         "rate": rate,
         "samples": num_samples,
+        "seconds": time.perf_counter() - begin,
         "train_bound": bound,
         "train_bound_without_weights": _local_bound(vae, images.train),
         "test_bound": _local_bound(vae, images.test),

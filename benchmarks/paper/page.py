@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.paper.models import LEAST_SCALE
-from benchmarks.paper.page_curves import NAMES, figure2, figure3, missing, rates, table
+from benchmarks.paper.page_curves import NAMES, command, figure2, figure3, missing, rates, table
 from benchmarks.paper.settings import RATES, Job
 from benchmarks.paper.tables import read_table
 from benchmarks.result import environment
@@ -87,6 +87,8 @@ def _pictures(out: Path) -> list[str]:
         f"decoder at draws from the prior. AEVB, {told}.",
         "",
         *(f"![{name}]({name})" for name in names),
+        "",
+        command("figure4 figure5"),
     ]
 
 
@@ -110,6 +112,8 @@ def _variance(out: Path) -> list[str]:
         "the estimator that section 2.2 rejects, B is Eq 7; STL, IWAE and DReG (K = 5, another bound) came after the paper:",
         "",
         *table(("samples", "gradient of", *names), cells),
+        "",
+        command("variance", samples=max(row["samples"] for row in rows)),
     ]
 
 
@@ -151,6 +155,8 @@ def _full_bayes(out: Path) -> list[str]:
         *table(heads, cells),
         "",
         f"Training less test bound of rows, which says how much is learned by heart: {gaps}.",
+        "",
+        command("full_vb", samples=rows[0]["samples"], rows=rows[0]["rows"]),
     ]
 
 
@@ -189,6 +195,8 @@ def _after(out: Path) -> list[str]:
         "presentations with a falling step, on all test digits: another budget by a factor of 200.",
         "",
         *table(heads, cells),
+        "",
+        command("after", samples=rows[0]["samples"], rows=rows[0]["rows"]),
     ]
 
 

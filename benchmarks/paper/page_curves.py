@@ -8,7 +8,7 @@ from benchmarks.paper.models import LEAST_SCALE
 from benchmarks.paper.settings import METHODS, RATES
 from benchmarks.paper.tables import Row, read_table
 
-__all__ = ["NAMES", "figure2", "figure3", "missing", "rates", "table"]
+__all__ = ["NAMES", "command", "figure2", "figure3", "missing", "rates", "table"]
 
 _TARGET = 3_000_000
 _LATE = 100_000
@@ -27,6 +27,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def missing(rows: Sequence[Row], title: str) -> list[str]:
     """Return a section that says that nothing is there yet, unless something is."""
     return [] if rows else [title, "", "No run of this part is in the tables yet."]
+
+
+def command(part: str, **settings: int) -> str:
+    """Return the command that a section is of."""
+    return f"`{' '.join(['python -m benchmarks.paper', part, *(f'--{name} {value}' for name, value in settings.items())])}`"
 
 
 def figure2(out: Path) -> list[str]:
@@ -52,7 +57,19 @@ def figure2(out: Path) -> list[str]:
     lines += [
         f"- The exception: {NAMES[data]}, N_z = {latent}." for data, latent in both if (data, latent) not in ahead
     ]
-    return [*lines, *_notes2(rows)]
+    ends = [max((row for row in rows if _curve_of(row) == key), key=lambda row: row["samples"]) for key in test]
+    minutes = sum(row["seconds"] for row in ends) / 60
+    return [
+        *lines,
+        *_notes2(rows),
+        "",
+        f"`python -m benchmarks.paper figure2`: {minutes:.0f} minutes of training so far.",
+    ]
+
+
+def _curve_of(row: Row) -> tuple[str, int, str]:
+    """Return the curve of a row."""
+    return row["data"], row["latent"], row["method"]
 
 
 _HEADS2 = (
@@ -204,7 +221,10 @@ def figure3(out: Path) -> list[str]:
         "",
         "Monte Carlo EM takes trajectories of 10 leapfrog steps at an acceptance of 0.9 and 5 updates of the weights after each "
         "(App. E). With 1,000 rows a step takes all of them; its variant on minibatches of 50,000 rows is not the paper's, which "
-        "left it out there. A sample costs it 10 gradients by the latents and 5 by the weights.",
+        "left it out there. A sample costs it 10 gradients by the latents and 5 by the weights. Its chains can't be taken up "
+        "again: it is trained in one go, and from the beginning where more samples are asked for.",
+        "",
+        command("figure3", samples=max(ends.values()), rows=max(row["rows"] for row in rows)),
     ]
 
 
