@@ -240,10 +240,8 @@ def bdmc(
     )
     with inferring(seed, model, *([] if guide is None else [guide])):
         key = int(torch.randint(2**62, ()))  # before anything else draws, so that it hangs on the seed alone
-        simulator = Simulator(
-            model, guide, (batch, covariates), data_plate=data_plate, given=given, to_batch=to_batch, compile=compile
-        )
-        chunks = _Chunks(num_simulations, chunk_size or max(1, CHUNK_DRAWS // num_chains), key)
+        simulator = Simulator(model, guide, (batch, covariates), data_plate=data_plate, given=given, to_batch=to_batch)
+        chunks = _Chunks(num_simulations, chunk_size or max(1, CHUNK_DRAWS // num_chains), key, compile)
         with tqdm(total=1.0, disable=not progress, dynamic_ncols=True, bar_format=_BAR) as bar:
             problems = chunks.problems(simulator, lambda fraction: bar.update(min(fraction, 1 - bar.n)))
             parts = [_bound(annealing, *problem) for problem in problems]
@@ -258,18 +256,19 @@ def _label(structure: Structure) -> str:
 
 
 class _Chunks(NamedTuple):
-    """How simulated rows are dealt out: in all, at once, and by which noise."""
+    """How simulated rows are dealt out: in all, at once, by which noise, and whether their densities are compiled."""
 
     num_simulations: int
     size: int
     key: int
+    compile: Compile
 
     def problems(
         self, simulator: Simulator, advance: Callable[[float], None]
     ) -> Iterator[tuple[Problem, Float[Tensor, "rows latent"]]]:
         """Yield problems of some rows each, with the unconstrained latents that the rows were made from."""
         done = 0
-        for made in simulator.draw(self.num_simulations):
+        for made in simulator.draw(self.num_simulations, compile=self.compile):
             density, latents = made.density, made.latents
             index = torch.arange(done, done + density.num_rows)
             # starts are drawn by a row's place in its own data set, which for a model that is one row is the same in all

@@ -53,7 +53,6 @@ class Simulator:
         data_plate: Name of the plate whose indices are rows, ``"auto"``, or ``None``: then each simulation is a data set.
         given: Values of the globals; without them they are drawn once from the guide where there is one.
         to_batch: Puts simulated values into a batch, for observations that are no views of an argument.
-        compile: Whether densities are compiled, as of :class:`~pyro_aevb.LogDensity`; not where simulations are data sets.
 
     Attributes:
         structure: The model's structure.
@@ -74,12 +73,8 @@ class Simulator:
         data_plate: str | None = "auto",
         given: Mapping[str, Tensor] | None = None,
         to_batch: ToBatch | None = None,
-        compile: Compile = False,  # noqa: A002  torch's own word
     ) -> None:
         self._model, self._guide, self._to_batch = model, guide, to_batch
-        self._compile: Compile = (
-            compile if data_plate is not None else False
-        )  # else each data set would be compiled for itself
         self._args, self._kwargs = batch
         self._rows = batch_rows(*batch) or 0
         if not self._rows and data_plate is not None:
@@ -104,15 +99,25 @@ class Simulator:
         if given is None and guide is not None and is_open:
             self.given = _draw_globals(Rows(model, guide, *batch, self.structure.data_plate))
 
-    def draw(self, num_simulations: int) -> Iterator[SimulatedRows]:
+    def draw(
+        self,
+        num_simulations: int,
+        *,
+        compile: Compile = False,  # noqa: A002  torch's own word
+    ) -> Iterator[SimulatedRows]:
         """Yield simulated rows: all at once, or data set by data set where the whole model is one row.
+
+        Args:
+            num_simulations: Rows, or data sets.
+            compile: Whether densities are compiled, as of :class:`~pyro_aevb.LogDensity`; data sets never are, for each would be
+                compiled for itself.
 
         Raises:
             ModelError: If a global is neither given nor drawn, or an observation can't be written back.
             GuideError: If the guide does not fit the model.
         """
         for args, kwargs in self._templates(num_simulations):
-            yield self._simulate(args, kwargs)
+            yield self._simulate(args, kwargs, compile if self.structure.data_plate is not None else False)
 
     def _templates(self, num_simulations: int) -> list[tuple[Args, Kwargs]]:
         """Return one template of as many rows as are simulated, or each simulation's own where the whole model is one row."""
@@ -120,7 +125,7 @@ class Simulator:
             return [(self._args, self._kwargs)] * num_simulations
         return [take_rows(self._args, self._kwargs, torch.arange(num_simulations) % self._rows)]
 
-    def _simulate(self, args: Args, kwargs: Kwargs) -> SimulatedRows:
+    def _simulate(self, args: Args, kwargs: Kwargs, compile: Compile) -> SimulatedRows:  # noqa: A002
         """Draw a batch from the model and read the densities of its latents."""
         plate = self.structure.data_plate
         structure = read_structure(self._model, args, kwargs, data_plate=plate)
@@ -128,7 +133,7 @@ class Simulator:
         args, kwargs = write_observations(
             self._model, args, kwargs, values, structure=structure, to_batch=self._to_batch
         )
-        density = LogDensity(self._model, *args, data_plate=plate, given=self.given, compile=self._compile, **kwargs)
+        density = LogDensity(self._model, *args, data_plate=plate, given=self.given, compile=compile, **kwargs)
         density.require_latents()
         guide = None if self._guide is None else GuideDensity(self._guide, density)
         latents = {site.name: values[site.name] for site in structure.select("latent") if site.name not in self.given}

@@ -9,7 +9,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers import CSVLogger
 
 from pyro_aevb import AEVB
-from pyro_aevb.errors import SettingError
+from pyro_aevb.errors import AEVBWarning, SettingError
 from pyro_aevb.testing import LinearGaussian
 
 torch.manual_seed(0)
@@ -78,3 +78,31 @@ def test_tensorboard(tmp_path):
 def test_what_is_no_logger(logger):
     with pytest.raises(SettingError, match=r"csv.*tensorboard.*got"):
         fitted(logger=logger)
+
+
+class Full(CSVLogger):
+    """A logger whose disk is full at its end, and that notes how it was told to end."""
+
+    status = None
+
+    def finalize(self, status):
+        self.status = status
+        raise OSError("No space left on device")
+
+
+def test_a_logger_that_can_not_write_does_not_cost_the_fit(tmp_path):
+    logger = Full(tmp_path)
+    with pytest.warns(AEVBWarning, match="A logger could not write: No space left"):
+        result = fitted(logger=logger)
+    assert len(result.history) == 2
+    assert logger.status == "success"
+
+
+def test_a_logger_is_told_of_a_failure(tmp_path):
+    def fail(event):
+        raise RuntimeError("own")
+
+    logger = Full(tmp_path)
+    with pytest.warns(AEVBWarning, match="could not write"), pytest.raises(RuntimeError, match="own"):
+        fitted(logger=logger, callbacks=[fail])
+    assert logger.status == "failed"
