@@ -11,9 +11,16 @@ __all__ = ["Peak", "anonymous", "watched"]
 
 
 class Peak:
-    """The largest growth, in bytes."""
+    """The largest growth, in bytes, and how often it was looked at."""
 
     growth = 0
+    looks = 0
+
+    def wait(self, seconds: float = 60.0) -> None:
+        """Wait until what is there now was looked at, which a busy machine may be late with."""
+        seen, deadline = self.looks, time.monotonic() + seconds
+        while self.looks < seen + 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
 
 
 def anonymous() -> int:
@@ -30,6 +37,7 @@ def watched() -> Iterator[Peak]:
     def look() -> None:
         while not done.is_set():
             peak.growth = max(peak.growth, anonymous() - before)
+            peak.looks += 1
             time.sleep(0.001)
 
     thread = threading.Thread(target=look)

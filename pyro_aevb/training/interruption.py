@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -74,7 +74,9 @@ class Interruption:
         """Tell whether a signal came, or comes in a moment: one to a group of processes reaches them one by one."""
         deadline = time.monotonic() + 0.5
         while self.signal is None and self._before and time.monotonic() < deadline:
-            time.sleep(0.01)
+            # torch's handler of SIGCHLD may say only now that the worker died whose silence was noticed before
+            with suppress(RuntimeError):
+                time.sleep(0.01)
         return self.signal is not None
 
     def obey(self) -> None:

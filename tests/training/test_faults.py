@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_aevb import AEVB
 from pyro_aevb.errors import AEVBWarning, DataError, FileError
 from pyro_aevb.training.files import read_file
+from pyro_aevb.training.interruption import Interruption
 
 torch.manual_seed(2)
 X = torch.randn(95, 3)
@@ -368,6 +369,20 @@ class TestData:
         with pytest.raises(DataError, match=r"worker.*died, after step \d"):
             vi.fit(loader, num_epochs=2, seed=0, progress=False, checkpoint=tmp_path)
         assert all(torch.isfinite(value).all() for value in vi.module.state_dict().values())
+
+    def test_a_worker_whose_death_is_noticed_twice(self):
+        def raising(number, frame):
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+        before = signal.signal(signal.SIGCHLD, raising)
+        try:
+            with Interruption() as interruption:
+                late = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGCHLD))
+                late.start()
+                assert not interruption.comes_soon()
+                late.join()
+        finally:
+            signal.signal(signal.SIGCHLD, before)
 
     def test_nan_in_the_middle(self, tmp_path):
         class Holed(TensorDataset):
