@@ -156,7 +156,7 @@ def export_posterior(
 
     Raises:
         SettingError: If a setting is out of range or unknown, or a site's name holds a slash, which separates groups there.
-        DataError: If there are no rows, or NaN reaches a density.
+        DataError: If there are no rows, NaN reaches a density, or data lie outside the support of their likelihood.
         ModelError: If the model is not supported or fails on the batch.
         GuideError: If the guide does not fit the model.
         FileError: If the file can't be written; one that was there is as it was.
@@ -183,7 +183,7 @@ def export_posterior(
         raise SettingError(f"path must name a file, got {path!r}.")
     batch, covariates = as_tensors(batch, covariates)
     with inferring(seed, model, guide):
-        rows = Rows(model, guide, batch, covariates, data_plate)
+        rows = Rows(model, guide, batch, covariates, data_plate).checked()
         names = rows.program.names
         if separated := sorted(name for name in names if "/" in name):
             raise SettingError(

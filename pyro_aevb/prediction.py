@@ -64,7 +64,7 @@ def posterior(
 
     Raises:
         SettingError: If ``num_samples`` or ``chunk_size`` is below 1, or a keyword is unknown.
-        DataError: If there are no rows, or NaN reaches a density.
+        DataError: If there are no rows, NaN reaches a density, or data lie outside the support of their likelihood.
         ModelError: If the model is not supported or fails on the batch.
         GuideError: If the guide does not fit the model.
     """
@@ -73,7 +73,7 @@ def posterior(
     check_covariates(covariates, posterior)
     processes = Processes(fabric)
     with inferring(processes.agree_on_seed(seed), model, guide):
-        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, processes), num_samples)
+        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, processes).checked(), num_samples)
         return draw.run(draw.latents, chunk_size, progress=progress and processes.is_first)
 
 
@@ -101,7 +101,7 @@ def predict(
     check_covariates(covariates, predict)
     processes = Processes(fabric)
     with inferring(processes.agree_on_seed(seed), model, guide):
-        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, processes), num_samples)
+        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, processes).checked(), num_samples)
         return draw.run(draw.observations, chunk_size, progress=progress and processes.is_first)
 
 
@@ -124,7 +124,7 @@ def embed(
     """
     check_covariates(covariates, embed)
     with inferring(0, model, guide):
-        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, Processes(fabric)), 1)
+        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, Processes(fabric)).checked(), 1)
         return _without_draws(draw.run(draw.medians, None, progress=False))
 
 
@@ -143,7 +143,7 @@ def reconstruct(
     """
     check_covariates(covariates, reconstruct)
     with inferring(0, model, guide):
-        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, Processes(fabric)), 1)
+        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, Processes(fabric)).checked(), 1)
         return _without_draws(draw.run(draw.means, None, progress=False))
 
 

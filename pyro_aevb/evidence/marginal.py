@@ -22,7 +22,6 @@ from pyro_aevb.program.compiling import Compile, check_compile
 from pyro_aevb.program.processes import Processes
 from pyro_aevb.program.rows import Rows, inferring
 from pyro_aevb.program.settings import NOTE, check_count, check_settings
-from pyro_aevb.program.supports import check_supports
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -143,8 +142,7 @@ def log_marginal(
     progress = progress and processes.is_first
     with inferring(processes.agree_on_seed(seed), *((model,) if guide is None else (model, guide))):
         if isinstance(estimator, Importance) and estimator.proposal == "guide":
-            rows = Rows(model, require_guide(guide, method), batch, covariates, data_plate, processes)
-            check_supports(model, rows.structure, batch, covariates)
+            rows = Rows(model, require_guide(guide, method), batch, covariates, data_plate, processes).checked()
             weights = GuideWeights(rows, num_global_samples, estimator.num_samples)
             label = name_quantity(rows.structure, num_global_samples)
             result = weights.run(label, chunk_size, progress=progress)

@@ -20,6 +20,7 @@ from pyro_aevb.program.particles import ParticleAxes, Records
 from pyro_aevb.program.processes import Processes, fork_seed
 from pyro_aevb.program.settings import check_programs
 from pyro_aevb.program.structure import Structure, read_structure
+from pyro_aevb.program.supports import check_supports
 from pyro_aevb.randomness import preserved_rng, seeded
 
 __all__ = ["ReadRows", "Rows", "check_finite", "inferring", "located", "read_rows"]
@@ -236,6 +237,7 @@ class Rows:
         processes: Processes that divide the chunks among them; by default this one runs them all.
 
     Attributes:
+        model: The model, as given.
         program: Model and guide, read on the first rows.
         count: Number of rows; ``None`` if the whole model is one row.
 
@@ -254,7 +256,7 @@ class Rows:
         data_plate: str | None,
         processes: Processes | None = None,
     ) -> None:
-        self.args, self.kwargs = args, kwargs
+        self.model, self.args, self.kwargs = model, args, kwargs
         self.processes = Processes(None) if processes is None else processes
         self._globals: Values = {}
 
@@ -271,6 +273,15 @@ class Rows:
     def structure(self) -> Structure:
         """The model's structure."""
         return self.program.structure
+
+    def checked(self) -> "Rows":
+        """Return these rows, which are data and no template: refuse what lies outside the support of its likelihood.
+
+        Raises:
+            DataError: Naming the site and the first such rows.
+        """
+        check_supports(self.model, self.structure, self.args, self.kwargs)
+        return self
 
     def chunks(
         self, chunk_size: int | None, draws_per_row: int, *, progress: bool

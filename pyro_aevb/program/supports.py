@@ -1,5 +1,6 @@
 """Data outside the support of their likelihood, where the likelihood checks its values: a density of them is a wrong number."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -17,10 +18,10 @@ from pyro_aevb.errors import AEVBError, DataError
 from pyro_aevb.program.batch import batch_rows, take_rows
 from pyro_aevb.program.parameters import preserved_state
 from pyro_aevb.program.reach import find_modules
-from pyro_aevb.program.sites import plain_support, unmasked_value
+from pyro_aevb.program.sites import plain_support, unmasked_value, value_mask
 from pyro_aevb.program.structure import Structure
 
-__all__ = ["Inside", "check_supports"]
+__all__ = ["BatchSupports", "Inside", "check_supports"]
 
 _SHOWN = 5
 """Rows that a message lists."""
@@ -42,29 +43,75 @@ def check_supports(model: PyroProgram, structure: Structure, args: Args, kwargs:
     Raises:
         DataError: Naming the site and the first such rows.
     """
-    restricted = [site for site in structure.select("observed") if not _takes_all(site.support)]
-    if not restricted or structure.draws_own_rows:
+    if not _is_restricted(structure):
         return
     count = batch_rows(args, kwargs) or 1
     size = count if structure.data_plate is None else _ROWS_PER_RUN
     for start in range(0, count, size):
         inside = Inside(structure.data_dim, start)
         part = (args, kwargs) if size >= count else take_rows(args, kwargs, slice(start, start + size))
-        try:
-            with (
-                preserved_state(find_modules(model)),
-                torch.enable_grad(),
-                pyro.validation_enabled(True),
-                inside,
-                _Latents(),
-            ):
-                model(*part[0], **part[1])
-        except AEVBError:
-            raise
-        except (RuntimeError, ValueError, IndexError, TypeError):
+        if not _run(model, inside, *part):
             return  # runs that follow say what is wrong
-        if inside.error is not None:
-            raise inside.error
+
+
+def _is_restricted(structure: Structure) -> bool:
+    """Tell whether any data can be outside a support, and be found there."""
+    is_any = any(not _takes_all(site.support) for site in structure.select("observed"))
+    return is_any and not structure.draws_own_rows
+
+
+def _run(model: PyroProgram, inside: "Inside", args: Args, kwargs: Kwargs) -> bool:
+    """Run a model with latents from its prior; tell whether it ran to its end, and raise what was found outside."""
+    is_whole = False
+    try:
+        with preserved_state(find_modules(model)), torch.enable_grad(), pyro.validation_enabled(True):
+            with inside, _Latents():
+                model(*args, **kwargs)
+            is_whole = True
+    except AEVBError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        pass  # it may come after a value that is outside
+    if inside.error is not None:
+        raise inside.error
+    return is_whole
+
+
+class BatchSupports:
+    """Batches on their way, held against supports as :func:`check_supports` does.
+
+    Where a model observes its arguments as they are, and their supports are constants, batches after the first are compared with
+    these alone; else the model runs on each.
+
+    Args:
+        model: The model.
+        structure: Its structure.
+    """
+
+    def __init__(self, model: PyroProgram, structure: Structure) -> None:
+        self.model, self.structure = model, structure
+        self._is_needed = _is_restricted(structure)
+        self._direct: list[tuple[int | str, Constraint]] | None = None
+
+    def check(self, args: Args, kwargs: Kwargs) -> None:
+        """Refuse a batch with data outside a support.
+
+        Raises:
+            DataError: Naming the site and the first such rows.
+        """
+        if not self._is_needed:
+            return
+        named = dict(enumerate(args)) | kwargs
+        if self._direct is None:
+            inside = Inside(self.structure.data_dim, 0)
+            if _run(self.model, inside, args, kwargs):
+                self._direct = inside.find_arguments(named)
+        elif not self._direct or not all(self._holds(named.get(name), support) for name, support in self._direct):
+            check_supports(self.model, self.structure, args, kwargs)
+
+    @staticmethod
+    def _holds(value: Any, support: Constraint) -> bool:
+        return isinstance(value, Tensor) and bool(support.check(value).all())
 
 
 def _takes_all(support: Constraint) -> bool:
@@ -93,6 +140,7 @@ class Inside(Messenger):
         super().__init__()
         self.data_dim, self.first_row = data_dim, first_row
         self.error: DataError | None = None
+        self._observed: list[tuple[Any, Constraint, bool]] = []
 
     def _pyro_post_sample(self, message: Message) -> None:
         fn: SiteDistribution = message["fn"]
@@ -102,8 +150,11 @@ class Inside(Messenger):
         support = plain_support(fn)
         if _is_computed(support):
             return
+        self._observed.append((message["value"], support, _is_constant(support) and value_mask(dict(message)) is None))
         value: Any = unmasked_value(dict(message))
         outside = ~support.check(value.detach())
+        # where NaN and infinity are, others look: they may be skipped
+        outside &= _events(value.detach().isfinite(), outside.dim())
         if outside.any():
             self.error = DataError(
                 f"The data observed at site {message['name']!r} lie outside the support {support} of its distribution"
@@ -111,6 +162,15 @@ class Inside(Messenger):
                 f"likelihood (grey levels under a Bernoulli need validate_args=False).",
                 site=message["name"],
             )
+
+    def find_arguments(self, arguments: Mapping[Any, Any]) -> list[tuple[int | str, Constraint]]:
+        """Return the arguments that were observed as they are, with constant supports; nothing if anything else was too."""
+        found = [
+            (next((name for name, item in arguments.items() if item is value), None), support, is_constant)
+            for value, support, is_constant in self._observed
+        ]
+        named = [(name, support) for name, support, is_constant in found if name is not None and is_constant]
+        return named if len(named) == len(found) else []
 
     def _where(self, outside: Tensor, fn: SiteDistribution) -> str:
         """List the first rows."""
@@ -120,6 +180,11 @@ class Inside(Messenger):
         bad = outside.movedim(self.data_dim, 0).flatten(1).any(1) if outside.dim() > 1 else outside
         rows = (bad.nonzero()[:, 0] + self.first_row).tolist()
         return f" in {len(rows)} rows, {rows[:_SHOWN]} first" if len(rows) > _SHOWN else f" in rows {rows}"
+
+
+def _events(finite: Tensor, dim: int) -> Tensor:
+    """Tell which events are finite, of as many dimensions as a support's check has."""
+    return finite.flatten(dim).all(-1) if finite.dim() > dim else finite
 
 
 def _first_outside(value: Tensor, outside: Tensor) -> list[Any] | float:
@@ -139,5 +204,13 @@ def _is_computed(support: Constraint) -> bool:
     """Tell whether a support depends on latents, so that a value outside it has density 0 and is no mistake."""
     return any(
         item.requires_grad if isinstance(item, Tensor) else isinstance(item, Constraint) and _is_computed(item)
+        for item in vars(support).values()
+    )
+
+
+def _is_constant(support: Constraint) -> bool:
+    """Tell whether a support depends on nothing, so that it is that of other batches too."""
+    return all(
+        _is_constant(item) if isinstance(item, Constraint) else isinstance(item, (int, float, bool))
         for item in vars(support).values()
     )

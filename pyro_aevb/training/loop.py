@@ -194,6 +194,7 @@ def fit_module(
         steps = source.num_batches()
         staging = Staging(compile=compile, num_steps=None if steps is None else steps * num_epochs)
         stepper = Stepper(module, make, clip_norm=clip_norm, fabric=fabric, max_skipped=max_skipped, staging=staging)
+        stepper.checks_supports = source.whole() is None
         plan = Plan(num_epochs, patience, callbacks, progress, every, [*stepper.fabric.loggers, *loggers])
         epochs = Epochs(module, stepper, source, plan, _held_out(module, validation), checkpoints)
         epochs.schedule = make_schedule(schedule, stepper.optimizer)

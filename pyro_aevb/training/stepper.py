@@ -13,6 +13,7 @@ from pyro_aevb.program.batch import explained
 from pyro_aevb.program.importance import find_non_finite
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.processes import Processes
+from pyro_aevb.program.supports import BatchSupports
 from pyro_aevb.training.data import Batch
 from pyro_aevb.training.sharding import ShardedBatch
 from pyro_aevb.training.staged import StagedLoss, Staging
@@ -40,6 +41,7 @@ class Stepper:
     Attributes:
         check_every: Steps after which a recorded run is compared with an eager one again.
         processes: The processes that step together: parameters are the same in all of them after each step.
+        checks_supports: Whether each batch is held against the supports of its likelihoods; not needed where all rows were.
         wants_stop: Tells whether this process wants to stop.
         must_stop: Whether any process wanted to at the last step: the same in all of them.
 
@@ -67,6 +69,8 @@ class Stepper:
         self.buffers = list(module.buffers())
         self.fabric = fabric or _default_fabric(self.parameters[0].device)
         self.processes = Processes(self.fabric)
+        self.checks_supports = True
+        self._supports = None if module.structure is None else BatchSupports(module.model, module.structure)
         self.wants_stop: Callable[[], bool] = lambda: False
         self.must_stop = False
         self.optimizer: Optimizer
@@ -95,13 +99,18 @@ class Stepper:
         Of a batch that processes share, each gives its own part, and the bound is that of the whole batch.
 
         Raises:
+            DataError: If data lie outside the support of their likelihood; parameters are those of the last step.
             NonFiniteError: If too many steps in a row were skipped; parameters are those of the last good step.
         """
         objective = self.module.objective
         if hasattr(objective, "set_step"):
             objective.set_step(self.num_steps)
         with self.module.sharing(batch.shard if isinstance(batch, ShardedBatch) else None):
-            return self._step(self._on_device(batch))
+            batch = self._on_device(batch)
+            if self.checks_supports and self._supports is not None:
+                with self.module.running():
+                    self._supports.check(*batch)
+            return self._step(batch)
 
     def _step(self, batch: Batch) -> float:
         """Stage and check where it is time to, take a step, and count it."""
