@@ -23,6 +23,7 @@ from pyro_aevb._types import PyroProgram
 from pyro_aevb.errors import StagingWarning, warn_user
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.parameters import preserved_state
+from pyro_aevb.program.unchanged import module_hooks
 from pyro_aevb.randomness import preserved_rng
 
 __all__ = ["compare", "export", "first_line", "is_close", "record", "stage"]
@@ -75,6 +76,11 @@ def record(module: nn.Module, *inputs: Any, **named: Any) -> nn.Module:
             f"parameters of shapes {unknown} belong to a network that model and guide reach in a way that can't be followed; make "
             f"it an attribute of their nn.Module, or register it with pyro.module",
         )
+    if hooked := _hooked(module):
+        return _eager(
+            module,
+            f"modules of types {hooked} have hooks, which a graph does not call; remove them, or call what they do",
+        )
     try:
         graph = export(module, *inputs, **named)
     except Exception as error:
@@ -91,7 +97,28 @@ def export(module: nn.Module, *inputs: Any, **named: Any) -> nn.Module:
     """
     # a graph holds the very buffers that the module has while it is recorded, so that these are not put aside
     with preserved_rng(), pyro.get_param_store().scope(), pyro.validation_enabled(False), _quiet():
-        return torch.export.export(module, inputs, named, strict=False).module()
+        return _hold_outside(torch.export.export(module, inputs, named, strict=False).module())
+
+
+def _hold_outside(graph: Any) -> Any:
+    """Make buffers of tensors that a program read from outside, a global or a plain attribute, and list them in the graph's meta.
+
+    Their values may change as those of buffers may; what compiles a graph takes any other tensor for a constant. Literals, which
+    the recording made itself, are copied where they are used, and stay constants.
+    """
+    outside: dict[int, Tensor] = {}
+    for node in graph.graph.find_nodes(op="get_attr"):
+        path, _, name = node.target.rpartition(".")
+        holder = graph.get_submodule(path)
+        item = vars(holder).get(name)
+        if isinstance(item, Tensor) and any(
+            user.target is not torch.ops.aten.lift_fresh_copy.default for user in node.users
+        ):
+            delattr(holder, name)
+            holder.register_buffer(name, item, persistent=False)
+            outside[id(item)] = item
+    graph.meta["outside"] = list(outside.values())
+    return graph
 
 
 def _loss(output: Any) -> Tensor:
@@ -150,6 +177,18 @@ def _unknown_leaves(module: nn.Module, loss: Tensor) -> list[list[int]]:
     return unknown
 
 
+def _hooked(module: nn.Module) -> list[str]:
+    """Return types of modules that have hooks other than torch's own, by which it computes a weight."""
+    hooks = ((part, hook) for part in module.modules() for held in module_hooks(part) for hook in held.values())
+    return sorted({type(part).__name__ for part, hook in hooks if not type(hook).__module__.startswith("torch.")})
+
+
+def _numbers(module: nn.Module) -> dict[tuple[int, str], Any]:
+    """Return attributes of modules that are numbers of Python or texts."""
+    found = ((part, name, value) for part in module.modules() for name, value in vars(part).items())
+    return {(id(part), name): value for part, name, value in found if isinstance(value, (bool, int, float, str))}
+
+
 class _Run(NamedTuple):
     """What one run of a module gave.
 
@@ -158,6 +197,7 @@ class _Run(NamedTuple):
         gradients: Gradient of each parameter, ``None`` where it has none.
         buffers: Buffers after the run, by name.
         rebound: Names of buffers that the run replaced instead of writing into them.
+        counted: Names of attributes whose numbers the run changed.
         next_draw: What is drawn next, after all that the run drew.
     """
 
@@ -165,6 +205,7 @@ class _Run(NamedTuple):
     gradients: dict[str, Tensor | None]
     buffers: dict[str, Tensor]
     rebound: list[str]
+    counted: list[str]
     next_draw: Tensor
 
 
@@ -174,6 +215,8 @@ def compare(module: nn.Module, graph: nn.Module, inputs: tuple[Any, ...], named:
     eager = _run(module, parameters, inputs, named)
     if eager.rebound:
         return f"a run replaces the buffers {eager.rebound}, which a graph goes on to write into; write into them too"
+    if eager.counted:
+        return f"a run changes the attributes {eager.counted}, which a graph does not; make them buffers, and write into these"
     try:
         recorded = _run(graph, parameters, inputs, named)
     except RuntimeError as error:
@@ -195,7 +238,7 @@ def _run(run: nn.Module, parameters: dict[str, nn.Parameter], inputs: tuple[Any,
     """Run once under a seed, and leave generators and buffers as they were."""
     with preserved_state([run], evaluate=False), pyro.validation_enabled(False):
         pyro.set_rng_seed(_SEED)
-        before = dict(run.named_buffers())
+        before, numbers = dict(run.named_buffers()), _numbers(run)
         loss = _loss(run(*inputs, **named))
         gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
         if parameters and loss.requires_grad:
@@ -203,7 +246,10 @@ def _run(run: nn.Module, parameters: dict[str, nn.Parameter], inputs: tuple[Any,
         next_draw = torch.rand((), device=loss.device)
         buffers = {name: buffer.clone() for name, buffer in run.named_buffers()}
         rebound = [name for name, buffer in run.named_buffers() if before.get(name) is not buffer]
-        return _Run(loss.detach(), dict(zip(parameters, gradients, strict=True)), buffers, rebound, next_draw)
+        counted = [
+            name for (part, name), value in _numbers(run).items() if repr(numbers.get((part, name))) != repr(value)
+        ]
+        return _Run(loss.detach(), dict(zip(parameters, gradients, strict=True)), buffers, rebound, counted, next_draw)
 
 
 def is_close(a: Tensor | None, b: Tensor | None, *, like: Iterable[Tensor | None] = ()) -> bool:

@@ -21,7 +21,7 @@ from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.staging import compare, first_line, record
 from pyro_aevb.program.unchanged import Unchanged
 from pyro_aevb.training.batches import Batch, describe
-from pyro_aevb.training.whole_step import WholeStep, is_plain_adam
+from pyro_aevb.training.whole_step import WholeStep, can_be_whole
 
 __all__ = ["StagedLoss", "Staging"]
 
@@ -174,7 +174,7 @@ class Staging:
     def _compile(
         self, loss: StagedLoss, graph: Any, optimizer: Optimizer | None, batch: Batch, clip_norm: float | None
     ) -> WholeStep | None:
-        if isinstance(optimizer, Adam) and is_plain_adam(optimizer):
+        if isinstance(optimizer, Adam) and can_be_whole(graph, optimizer):
             whole = WholeStep(graph, optimizer, *batch, clip_norm=clip_norm)
             if whole.difference:
                 self._give_up(whole.difference)

@@ -10,8 +10,10 @@ Where loss or gradient is not finite, nothing changes. Parameters, buffers and t
 written in place, so that an eager step can follow at any time.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -23,18 +25,31 @@ from pyro_aevb.program.compiling import compile_graph, count_operations, reading
 from pyro_aevb.program.staging import is_close
 from pyro_aevb.randomness import seeded
 
-__all__ = ["WholeStep", "is_plain_adam"]
+__all__ = ["WholeStep", "can_be_whole"]
+
+_UNUSUAL = ("amsgrad", "maximize", "differentiable")
+"""Settings of Adam that make another rule of it, as does ``decoupled_weight_decay``, which older ones lack."""
+_held_settings = itemgetter("betas", "eps", "weight_decay", *_UNUSUAL)
 
 
-def is_plain_adam(optimizer: Optimizer) -> bool:
-    """Tell whether an optimizer is torch's Adam in its usual form, which a whole step knows."""
-    groups = optimizer.param_groups
-    unusual = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay")
-    is_usual = type(optimizer) is Adam and len(groups) == 1 and not any(groups[0].get(name) for name in unusual)
+def can_be_whole(graph: nn.Module, optimizer: Optimizer) -> bool:
+    """Tell whether a whole step knows the optimizer, torch's Adam in its usual form, of everything that a graph trains.
+
+    A whole step works on real tensors without gaps between their entries. Parameters that get a gradient and are not the
+    optimizer's count in the gradient's norm, which would have to be computed for that alone.
+    """
+    if type(optimizer) is not Adam or len(optimizer.param_groups) != 1:
+        return False
+    settings = optimizer.param_groups[0]
+    own = {id(item) for item in settings["params"]}
     return (
-        is_usual
+        not any(settings.get(name) for name in (*_UNUSUAL, "decoupled_weight_decay"))
         and not _has_hooks(optimizer)
-        and all(item.clone().stride() == item.stride() for item in groups[0]["params"])
+        and all(id(item) in own for item in graph.parameters() if item.requires_grad)
+        and all(
+            torch.empty_like(item).stride() == item.stride() and not item.is_complex()
+            for item in (*settings["params"], *graph.parameters(), *graph.buffers())
+        )
     )
 
 
@@ -66,7 +81,7 @@ class _Tensors(NamedTuple):
         squares: Adam's v of each.
         step_size: The learning rate over 1 - beta_1^t.
         correction: The root of 1 - beta_2^t.
-        frozen: Parameters that are not trained.
+        frozen: Parameters that are not trained, and tensors from outside of modules.
         buffers: Buffers of model and guide.
     """
 
@@ -95,7 +110,7 @@ class WholeStep:
 
     Args:
         graph: A recorded run whose call returns loss and bound per row.
-        optimizer: A plain Adam (:func:`is_plain_adam`) of its parameters.
+        optimizer: A plain Adam of its parameters (:func:`can_be_whole`).
         args: The batch to record on, as positional arguments.
         kwargs: The batch to record on, as keyword arguments.
         clip_norm: Largest norm of the gradient over all parameters.
@@ -133,33 +148,44 @@ class WholeStep:
         self._hold_state()
 
     def _gather(self, parameters: list[Tensor]) -> _Tensors:
-        trained = {id(parameter) for parameter in parameters}
-        first = parameters[0]
-        buffers = {id(buffer): buffer for buffer in self.graph.buffers()}
+        graph: Any = self.graph
+        trained, outside = ({id(item) for item in items} for items in (parameters, graph.meta["outside"]))
+        buffers = {id(buffer): buffer for buffer in graph.buffers()}
+        dtype = functools.reduce(torch.promote_types, [parameter.dtype for parameter in parameters])
+        one = torch.ones((), device=parameters[0].device, dtype=dtype)
         return _Tensors(
             parameters=list(parameters),
             averages=[torch.zeros_like(parameter) for parameter in parameters],
             squares=[torch.zeros_like(parameter) for parameter in parameters],
-            step_size=torch.ones((), device=first.device, dtype=first.dtype),
-            correction=torch.ones((), device=first.device, dtype=first.dtype),
-            frozen=[parameter for parameter in self.graph.parameters() if id(parameter) not in trained],
-            buffers=list(buffers.values()),
+            step_size=one,
+            correction=one.clone(),
+            frozen=[*(item for item in graph.parameters() if id(item) not in trained), *graph.meta["outside"]],
+            buffers=[buffer for key, buffer in buffers.items() if key not in outside],
         )
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether a batch has the shapes that the step was recorded on, and the optimizer is as it was."""
         is_like = tuple(kwargs) == self.names and signature(_dense(args, kwargs)) == self.signature
-        return is_like and self._owns_state() and self._constants() == self.constants and not _has_hooks(self.optimizer)
+        return (
+            is_like
+            and self._owns_state()
+            and self._constants() == self.constants
+            and not _has_hooks(self.optimizer)
+            and (self._num_steps is not None or self._is_in_step())
+        )
 
     def _owns_state(self) -> bool:
         """Tell whether the optimizer still has the settings and the state that the graph writes: loading a state replaces them."""
+        groups, own = self.optimizer.param_groups, self.tensors.parameters
+        if len(groups) != 1 or len(groups[0]["params"]) != len(own) or not all(map(is_, groups[0]["params"], own)):
+            return False
         first = self.used.index(True)
         state = self.optimizer.state.get(self.tensors.parameters[first], {})
         return self.optimizer.param_groups[0] is self.settings and state.get("exp_avg") is self.tensors.averages[first]
 
     def _constants(self) -> tuple[Any, ...]:
         """Return what of Adam's settings the graph holds; a schedule may change them."""
-        return tuple(self.settings[name] for name in ("betas", "eps", "weight_decay"))
+        return _held_settings(self.settings)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
         """Take a step and return the bound in nats per row; ``None`` where nothing was changed."""
@@ -192,7 +218,15 @@ class WholeStep:
         self.flat = self.tensors.flat()
 
     def _steps(self) -> list[Tensor]:
-        return [state["step"] for state in self.optimizer.state.values() if "step" in state]
+        """Return the numbers of steps behind the parameters that have gradients."""
+        used = [parameter for parameter, is_used in zip(self.tensors.parameters, self.used, strict=True) if is_used]
+        states = [self.optimizer.state.get(parameter, {}) for parameter in used]
+        return [state["step"] for state in states if "step" in state]
+
+    def _is_in_step(self) -> bool:
+        """Tell whether all parameters have as many steps behind them; those that were frozen for a while have fewer."""
+        steps = self._steps()
+        return len(steps) == sum(self.used) and len(set(map(float, steps))) == 1
 
     def leave(self) -> None:
         """Tell the optimizer how many steps were taken, before it takes one itself or its state is read."""
@@ -236,7 +270,7 @@ class WholeStep:
 
     def _adam(self, step_size: Tensor, correction: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         """Return Adam's rule at one step, from (parameter, m, v, gradient) to the first three anew."""
-        (beta1, beta2), eps, decay = self._constants()
+        (beta1, beta2), eps, decay, *_ = self._constants()
 
         def update(
             parameter: Tensor, average: Tensor, square: Tensor, gradient: Tensor

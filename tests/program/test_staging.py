@@ -209,6 +209,11 @@ def rebinds_buffer(self, x):
     return (self.a * x).sum()
 
 
+def counts_runs(self, x):
+    self.num_runs = getattr(self, "num_runs", 0) + 1
+    return (2.0 if self.num_runs > 1000 else 1.0) * (self.a * x).sum()
+
+
 def branch(self, x):
     return (self.a * x).sum() if x.sum() > 0 else (self.a * x).square().sum()
 
@@ -220,6 +225,7 @@ CAUGHT = {
     "noise of numpy": (numpy_noise, "the recorded loss is"),
     "noise of Python": (python_noise, "the recorded loss is"),
     "a buffer that is replaced": (rebinds_buffer, r"replaces the buffers \['count'\]"),
+    "a number that matters later": (counts_runs, r"changes the attributes \['num_runs'\]"),
     "a branch on data": (branch, r"can't be recorded \(\w+: .*data-dependent"),
 }
 
@@ -237,6 +243,43 @@ def test_what_a_recording_gets_wrong_runs_eagerly_with_its_cause(call, message):
     loss = module(x)
     loss.backward()
     assert module.a.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_modules_are_called_at_each_run(kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+
+        def forward(self, x):
+            return self.layers(x).sum()
+
+    module, x, calls = Net(), torch.ones(3, 2), []
+    getattr(module.layers[1], f"register_{kind}_hook")(lambda *_: calls.append(1))
+    with pytest.warns(StagingWarning, match=r"modules of types \['Linear'\] have hooks"):
+        run = record(module, x)
+    calls.clear()
+    for _ in range(3):
+        run(x).backward()
+    assert len(calls) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_hooks_by_which_torch_computes_a_weight_are_recorded():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.utils.weight_norm(nn.Linear(2, 1))
+
+        def forward(self, x):
+            return self.layer(x).square().sum()
+
+    module, x = Net(), torch.randn(3, 2)
+    graph = record(module, x)
+    assert graph is not module
+    parameters = list(module.parameters())
+    assert_same(run(module, x, parameters), run(graph, x, parameters))
 
 
 def test_the_eager_gradient_is_what_the_user_wrote():

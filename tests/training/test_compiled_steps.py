@@ -1,5 +1,6 @@
 """Compiled steps leave the parameters, buffers and state that eager steps leave, or are not used, with the reason."""
 
+import copy
 import functools
 import os
 import re
@@ -19,6 +20,7 @@ from pyro_aevb.errors import NonFiniteError, StagingWarning
 from pyro_aevb.program import compiling
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.staging import record
+from pyro_aevb.program.unchanged import Unchanged
 from pyro_aevb.training import whole_step
 from pyro_aevb.training.data import Batch
 from pyro_aevb.training.staged import StagedLoss, Staging
@@ -388,6 +390,14 @@ def hook(program, event):
     program.decoder[0].weight.register_post_accumulate_grad_hook(clear)
 
 
+def hook_module(program, event):
+    program.decoder[0].register_forward_hook(double)
+
+
+def double(module, inputs, output):
+    return 2 * output
+
+
 CHANGES = {
     "a Python number": (set_number, True),
     "a replaced buffer": (replace_buffer, False),
@@ -395,6 +405,7 @@ CHANGES = {
     "a replaced layer": (replace_layer, False),
     "frozen parameters": (freeze, False),
     "a hook on a gradient": (hook, False),
+    "a hook of a module": (hook_module, False),
 }
 
 
@@ -464,6 +475,159 @@ class TestChanges:
         result = fit(program.model, program.guide, SGVB(), torch.randn(20, 4), num_epochs=1, compile=True, progress=False,
                      fabric=Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"))  # fmt: skip
         assert result.execution == "eager: Fabric converts to precision 'bf16-mixed' step by step"
+
+
+TEMPERATURE = torch.tensor(1.0, dtype=torch.float64)
+
+
+class Tempered(Autoencoder):
+    """A program that reads a global tensor, and one that is a plain attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.__dict__["shift"] = torch.zeros(4)
+
+    def guide(self, x):
+        super().guide(TEMPERATURE * x + self.shift)
+
+
+@pytest.fixture
+def constants_are_copied(monkeypatch):
+    """Run the graph as it was traced, with copies of all that is no input, which a compiler writes into the code."""
+    monkeypatch.setattr(whole_step, "compile_graph", lambda graph, *tensors: torch.no_grad()(copy.deepcopy(graph)))
+
+
+@pytest.mark.usefixtures("constants_are_copied")
+class TestTensorsFromOutside:
+    """Tensors that are no parameters or buffers are read anew at each step."""
+
+    def test_writing_into_them_is_followed(self):
+        torch.set_default_dtype(torch.float64)
+        eager, compiled, *_ = steppers(lambda: methods(Tempered()), OBJECTIVES["B"])
+        batches = [torch.randn(6, 4) for _ in range(2)]
+        assert_same_steps(eager, compiled, batches)
+        TEMPERATURE.fill_(2.0)
+        for stepper in (eager, compiled):
+            stepper.module.model.__self__.shift.add_(1.0)
+        assert_same_steps(eager, compiled, batches)
+        assert compiled.execution.endswith(", 4 of 4 steps")
+
+    def test_a_step_does_not_write_into_them(self):
+        _, compiled, _, module = steppers(lambda: methods(Tempered()), OBJECTIVES["B"])
+        shift = module.model.__self__.shift
+        versions = shift._version, TEMPERATURE._version
+        for _ in range(3):
+            compiled.step(Batch((torch.randn(6, 4),), {}))
+        assert (shift._version, TEMPERATURE._version) == versions
+
+
+def some(parameters):
+    return adam(list(parameters)[:2])
+
+
+class TestOptimizer:
+    """A whole step is the optimizer's own, or is not taken."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_is_compiled(self, monkeypatch, traced_only):
+        torch_compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda graph, **_: torch_compile(graph, backend="aot_eager"))
+        torch.set_default_dtype(torch.float64)
+
+    def test_of_some_parameters_under_a_largest_norm(self):
+        eager, compiled, *_ = steppers("nn.Module", OBJECTIVES["B"], make=some, clip_norm=0.5)
+        assert_same_steps(eager, compiled, [torch.randn(6, 4) for _ in range(3)])
+        assert compiled.staging.decision.startswith("compiled: loss and gradient,")
+
+    def test_that_loses_a_parameter_later(self):
+        eager, compiled, *_ = steppers("nn.Module", OBJECTIVES["B"])
+        assert_same_steps(eager, compiled, [torch.randn(6, 4) for _ in range(3)])
+        for stepper in (eager, compiled):
+            plain = stepper.optimizer.optimizer
+            del plain.state[plain.param_groups[0]["params"].pop()]
+        assert_same_steps(eager, compiled, [torch.randn(6, 4) for _ in range(3)])
+        assert compiled.execution.endswith(", 3 of 6 steps")
+
+    @pytest.mark.parametrize("setting", ["maximize", "amsgrad"])
+    def test_whose_rule_changes(self, setting):
+        eager, compiled, *_ = steppers("nn.Module", OBJECTIVES["B"])
+        assert_same_steps(eager, compiled, [torch.randn(6, 4) for _ in range(3)])
+        for stepper in (eager, compiled):
+            stepper.optimizer.param_groups[0][setting] = True
+            if setting == "amsgrad":
+                for parameter, state in stepper.optimizer.state.items():
+                    state["max_exp_avg_sq"] = torch.zeros_like(parameter)
+        assert_same_steps(eager, compiled, [torch.randn(6, 4) for _ in range(3)])
+        assert compiled.execution.endswith(", 3 of 6 steps")
+
+    def test_of_parameters_that_were_frozen_for_a_while(self):
+        eager, compiled, *modules = steppers("nn.Module", OBJECTIVES["B"], make=functools.partial(adam, eps=1e-8))
+        batches = [torch.randn(6, 4) for _ in range(2)]
+        for is_trained in (True, False, True):
+            for module in modules:
+                module.model.__self__.decoder.requires_grad_(is_trained)
+            assert_same_steps(eager, compiled, batches)
+        assert {float(state["step"]) for state in compiled.optimizer.state.values()} == {4.0, 6.0}
+
+    def test_of_complex_parameters(self):
+        class Complex(Autoencoder):
+            def __init__(self):
+                super().__init__()
+                self.factor = nn.Parameter(torch.randn(4, dtype=torch.complex128))
+
+            def guide(self, x):
+                super().guide((self.factor * x).real + (self.factor * x).imag)
+
+        eager, compiled, *_ = steppers(lambda: methods(Complex()), OBJECTIVES["B"])
+        assert_same_steps(eager, compiled, [torch.randn(6, 4) for _ in range(3)])
+
+    def test_of_parameters_of_several_types(self):
+        class Mixed(Autoencoder):
+            def __init__(self):
+                super().__init__()
+                self.shift = nn.Parameter(torch.zeros(4, dtype=torch.float32))
+
+            def guide(self, x):
+                super().guide(x + self.shift.double())
+
+        eager, compiled, *_ = steppers(lambda: methods(Mixed()), OBJECTIVES["B"])
+        assert next(iter(compiled.module.parameters())).dtype == torch.float32
+        for stepper in (eager, compiled):
+            stepper.optimizer.param_groups[0]["lr"] = 1 / 3
+        for stepper in (eager, compiled):
+            with pyro.validation_enabled(False):
+                pyro.set_rng_seed(0)
+                stepper.step(Batch((torch.ones(6, 4),), {}))
+        one, other = (stepper.module.model.__self__.encoder[0].weight for stepper in (eager, compiled))
+        torch.testing.assert_close(other, one, rtol=1e-13, atol=1e-13)
+
+    def test_buffers_with_gaps_between_their_entries(self):
+        class Sliced(Autoencoder):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("slice", torch.arange(8.0)[::2], persistent=False)
+                self.register_buffer("repeated", torch.ones(1).expand(4), persistent=False)
+
+            def guide(self, x):
+                super().guide(x * self.slice + self.repeated)
+
+        eager, compiled, *_ = steppers(lambda: methods(Sliced()), OBJECTIVES["B"])
+        assert_same_steps(eager, compiled, [torch.randn(6, 4) for _ in range(3)])
+        assert compiled.staging.decision.startswith("compiled: loss and gradient,")
+
+
+def test_parameters_converted_in_place_are_noticed():
+    module = ObjectiveModule(*methods(Autoencoder()), SGVB()).build(torch.randn(6, 4))
+    weight = module.model.__self__.encoder[0].weight
+    unchanged, before = Unchanged([module]), weight.data
+    for other, holds in (
+        (before.clone(), True),
+        (before.double(), False),
+        (before[:, :2].clone(), False),
+        (before, True),
+    ):
+        weight.data = other
+        assert unchanged.holds == holds
 
 
 @pytest.mark.slow
