@@ -110,7 +110,7 @@ def measured(m):
     return pair, quiet(pair.model, pair.guide, X, **settings)
 
 
-@pytest.mark.parametrize("m", [0.3, -1.0])  # at -1.0 it tells K = 2 from other K
+@pytest.mark.parametrize("m", [pytest.param(0.3, marks=pytest.mark.slow), -1.0])  # at -1.0 it tells K = 2 from other K
 @pytest.mark.parametrize("estimator", ["A", "B", "STL", "score", "IWAE", "DReG"])
 def test_every_number_is_the_closed_one(estimator, m):
     pair, report = measured(m)

@@ -88,6 +88,7 @@ def test_nuts_is_the_other_standard(exact):
     assert (error.abs() < 4.5 / mean_ess(draws[:, :, 0]).sqrt()).all()
 
 
+@pytest.mark.slow
 def test_globals_are_drawn_once_or_given():
     def model(x):
         mu = pyro.sample("mu", dist.Normal(0.0, 2.0))

@@ -116,6 +116,7 @@ def by_quadrature(x: Tensor) -> Tensor:
     return log_joint.logsumexp(1) + math.log(z[1] - z[0])
 
 
+@pytest.mark.slow
 def test_a_mode_that_the_guide_misses_is_found_by_the_audit():
     x = torch.linspace(1.5, 2.5, 10, dtype=torch.float64)
     settings = {"num_chains": 64, "num_temperatures": 50, "num_leapfrog": 3}

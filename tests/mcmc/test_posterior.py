@@ -165,7 +165,7 @@ def test_ranks_of_simulated_latents_are_uniform() -> None:
         assert stats.kstest(quantity.numpy(), "uniform").pvalue > 1e-3
 
 
-@pytest.mark.parametrize("make", [gamma_exponential, dirichlet_multinomial])
+@pytest.mark.parametrize("make", [gamma_exponential, pytest.param(dirichlet_multinomial, marks=pytest.mark.slow)])
 def test_conjugate_means_are_known(make: Callable[[], Known]) -> None:
     # sd up to .44 and ESS above 8,000 make .02 four standard errors; without its Jacobian a map to the support is further off
     known = make()
