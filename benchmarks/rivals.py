@@ -105,7 +105,8 @@ def run(*, quick: bool) -> Result:
     return Result(
         title="AEVB beside wake-sleep, its reweighted form, the importance-weighted bound, Monte Carlo EM and mean fields",
         setting=f"MNIST, pixels drawn once; the same initial weights, Adam {LEARNING_RATE}, batches of {BATCH_SIZE}, one seed, "
-        f"one thread, steps compiled where they are many enough. {'; '.join(_told(item.setting) for item in measured)}. Test bound: ELBO, {NUM_DRAWS} draws. log p(x): "
+        f"one thread, steps compiled where they repay it. "
+        f"{'; '.join(_told(item.setting) for item in measured)}. Test bound: ELBO, {NUM_DRAWS} draws. log p(x): "
         f"annealed importance sampling from the prior, 16 chains.",
         rows=[row for item in measured for row in _table(item)],
         notes=(
