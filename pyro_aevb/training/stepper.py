@@ -132,7 +132,8 @@ class Stepper:
         return bound
 
     def expect_change(self) -> None:
-        """Compare the recorded run with an eager one before the next step: the user's code has run."""
+        """Get ready for code of the user: it may read the optimizer, and change what the recorded run has to be compared in."""
+        self.finish()
         self._num_unchecked = self.check_every
 
     def _check(self, batch: Batch) -> None:
@@ -160,6 +161,7 @@ class Stepper:
         with explained("program", batch.args, batch.kwargs), self.processes.watching():
             loss, bound = self.wrapped(*batch.args, **batch.kwargs)
         self.optimizer.zero_grad()
+        self._drop_other_gradients()
         is_finite, bound = self._agree(loss, bound)
         if is_finite:
             with self.processes.watching():
@@ -173,6 +175,13 @@ class Stepper:
             return None
         self.optimizer.step()
         return float(bound)
+
+    def _drop_other_gradients(self) -> None:
+        """Drop gradients of parameters that are not the optimizer's, which would add up from step to step."""
+        own = {id(item) for group in self.optimizer.param_groups for item in group["params"]}
+        for parameter in self.parameters:
+            if id(parameter) not in own:
+                parameter.grad = None
 
     def _agree(self, loss: Tensor, bound: Tensor) -> tuple[bool, Tensor | float]:
         """Tell whether the losses of all processes are finite, and their mean bound; ask whether any wants to stop."""

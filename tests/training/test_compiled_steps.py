@@ -530,8 +530,7 @@ class TestOptimizer:
 
     @pytest.fixture(autouse=True)
     def nothing_is_compiled(self, monkeypatch, traced_only):
-        torch_compile = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda graph, **_: torch_compile(graph, backend="aot_eager"))
+        monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
         torch.set_default_dtype(torch.float64)
 
     def test_of_some_parameters_under_a_largest_norm(self):
@@ -568,6 +567,24 @@ class TestOptimizer:
                 module.model.__self__.decoder.requires_grad_(is_trained)
             assert_same_steps(eager, compiled, batches)
         assert {float(state["step"]) for state in compiled.optimizer.state.values()} == {4.0, 6.0}
+
+    def test_whose_state_a_callback_reads_and_resets(self):
+        def make(parameters):
+            made.append(adam(parameters))
+            return made[-1]
+
+        def restart(program, event):
+            steps.append({float(state["step"]) for state in made[-1].state.values()})
+            for state in made[-1].state.values():
+                for value in state.values():
+                    value.zero_()
+
+        made, steps = [], []
+        _, expected = train(False, restart, make=make)
+        _, program = train(True, restart, make=make)
+        assert steps == [{4.0}, {4.0}]
+        for name, value in expected.state_dict().items():
+            torch.testing.assert_close(program.state_dict()[name], value, rtol=1e-8, atol=1e-8)
 
     def test_of_complex_parameters(self):
         class Complex(Autoencoder):

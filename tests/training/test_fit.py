@@ -79,6 +79,22 @@ class TestSteps:
         fit_mean(model, self.x)
         assert model.theta.item() == pytest.approx(1e-3, rel=1e-4)
 
+    def test_gradients_of_parameters_that_are_not_the_optimizer_s_do_not_add_up(self):
+        class Two(Mean):
+            def __init__(self):
+                super().__init__()
+                self.other = nn.Parameter(torch.tensor(0.0))
+
+            def forward(self, x):
+                with pyro.plate("data", len(x)):
+                    pyro.sample("x", dist.Normal(self.theta + self.other, 1.0), obs=x)
+
+        model = Two()
+        # both have the same gradient, which is clipped to a norm of 1 at each of two steps
+        fit_mean(model, self.x, optimizer=lambda _: torch.optim.SGD([model.theta], lr=0.1), clip_norm=1.0, num_epochs=2)
+        assert model.theta.item() == pytest.approx(2 * 0.1 / math.sqrt(2), rel=1e-5)
+        assert model.other.item() == 0.0
+
     @pytest.mark.parametrize(("clip_norm", "step"), [(0.5, 0.5), (1e3, 16.0)])
     def test_clipping_bounds_the_norm_over_all_parameters(self, clip_norm, step):
         model = Mean(0.0)
