@@ -23,12 +23,12 @@ from benchmarks import peers
 from benchmarks.jax_peers import numpyro_groups, numpyro_vae
 from benchmarks.programs import VAE, Groups
 from benchmarks.result import Result, Row
+from benchmarks.steps import stepper_of_fit
 from benchmarks.timing import Block, interleave, ratios, spread, threads
 from pyro_aevb import AEVB, SGVB
 from pyro_aevb.datasets import mnist
 from pyro_aevb.training.data import Batch
-from pyro_aevb.training.staged import Staging
-from pyro_aevb.training.stepper import Stepper, default_optimizer
+from pyro_aevb.training.stepper import Stepper
 
 __all__ = ["run"]
 
@@ -149,7 +149,7 @@ def _torch(
         program = make()
         module = AEVB(program.model, program.guide, objective(), num_data=num_data).module
         module.build(batches[0]).train()
-        stepper = Stepper(module, default_optimizer(1e-3), staging=Staging(compile=is_compiled))
+        stepper = stepper_of_fit(module, compile=is_compiled)
         found[name] = steps(stepper, batches)
     return found | {PYRO: svi(make(), batches)}
 
@@ -221,7 +221,7 @@ def _operators(name: str, num_steps: int) -> list[Row]:
         program = make()
         module = AEVB(program.model, program.guide, objective(), num_data=num_data).module
         module.build(batches[0]).train()
-        block = steps(Stepper(module, default_optimizer(1e-3), staging=Staging(compile=True)), batches)
+        block = steps(stepper_of_fit(module, compile=True), batches)
         block(num_steps)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         block(num_steps)

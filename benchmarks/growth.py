@@ -16,13 +16,13 @@ from benchmarks import peers
 from benchmarks.compiled_step import COMPILED, EAGER, HAND_WRITTEN, PYRO, hand_written, steps, svi
 from benchmarks.programs import VAE
 from benchmarks.result import Result, Row
+from benchmarks.steps import stepper_of_fit
 from benchmarks.timing import Block, interleave, spread, threads
 from pyro_aevb import AEVB, SGVB
 from pyro_aevb.canvas import BLUE, GREY, MUTED, VERMILLION
 from pyro_aevb.datasets import mnist
 from pyro_aevb.training.data import Batch, as_source
-from pyro_aevb.training.staged import Staging
-from pyro_aevb.training.stepper import Stepper, default_optimizer
+from pyro_aevb.training.stepper import Stepper
 
 __all__ = ["run"]
 
@@ -87,7 +87,7 @@ def _stepper(x: Tensor, latent: int, *, is_compiled: bool) -> Stepper:
     program = VAE(latent=latent)
     module = AEVB(program.model, program.guide, SGVB(), num_data=60_000).module
     module.build(x).train()
-    return Stepper(module, default_optimizer(1e-3), staging=Staging(compile=is_compiled))
+    return stepper_of_fit(module, compile=is_compiled)
 
 
 def _epochs(rows: int) -> dict[str, Block]:

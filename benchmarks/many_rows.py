@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.result import Result, Row
+from benchmarks.steps import stepper_of_fit
 from benchmarks.timing import Block, interleave, ratios, spread, threads
 from pyro_aevb import AEVB
 from pyro_aevb.training.data import as_source
 from pyro_aevb.training.loop import EpochEnd
 from pyro_aevb.training.preparation import build
-from pyro_aevb.training.staged import Staging
-from pyro_aevb.training.stepper import Stepper, default_optimizer
 
 __all__ = ["run"]
 
@@ -118,7 +117,7 @@ def _steps(rows: int) -> Block:
     module = AEVB(program.model, program.guide, num_data=rows).module
     build(module, source.first())
     module.train()
-    stepper = Stepper(module, default_optimizer(1e-3), staging=Staging(compile=True))
+    stepper = stepper_of_fit(module, compile=True)
     generator = torch.Generator().manual_seed(0)
     batches = (batch for _ in count() for batch in source.batches(generator))
 

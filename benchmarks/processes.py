@@ -15,14 +15,13 @@ from lightning_fabric import Fabric
 
 from benchmarks.programs import VAE
 from benchmarks.result import Result, Row
+from benchmarks.steps import stepper_of_fit
 from benchmarks.timing import interleave, ratios, spread
 from pyro_aevb import AEVB, SGVB
 from pyro_aevb.datasets import mnist
 from pyro_aevb.program.processes import Processes
 from pyro_aevb.training.data import as_source
 from pyro_aevb.training.sharding import share
-from pyro_aevb.training.staged import Staging
-from pyro_aevb.training.stepper import Stepper, default_optimizer
 
 __all__ = ["run"]
 
@@ -89,7 +88,7 @@ def _steps(processes: Processes, fabric: Fabric | None, *, is_compiled: bool) ->
     data = mnist().train[:4000]
     module = AEVB(program.model, program.guide, SGVB(), num_data=60_000).module
     module.build(data[:BATCH_SIZE]).train()
-    stepper = Stepper(module, default_optimizer(1e-3), fabric=fabric, staging=Staging(compile=is_compiled))
+    stepper = stepper_of_fit(module, compile=is_compiled, fabric=fabric)
     source = cycle(list(share(as_source(data, BATCH_SIZE), processes).batches()))
 
     def block(num_steps: int) -> None:

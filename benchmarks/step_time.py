@@ -19,11 +19,11 @@ from torch.optim import Adam
 from benchmarks import peers
 from benchmarks.programs import VAE
 from benchmarks.result import Result, Row
+from benchmarks.steps import stepper_of_fit
 from benchmarks.timing import Block, interleave, ratios, spread, threads
 from pyro_aevb import AEVB
 from pyro_aevb.datasets import mnist
 from pyro_aevb.training.data import Batch
-from pyro_aevb.training.loop import Stepper, default_optimizer
 
 __all__ = ["run"]
 
@@ -83,7 +83,7 @@ def _ours(batches: Sequence[Tensor]) -> Block:
     vae = VAE()
     module = AEVB(vae.model, vae.guide, num_data=60_000).module
     module.build(batches[0]).train()
-    stepper = Stepper(module, default_optimizer(1e-3))
+    stepper = stepper_of_fit(module)
     source = cycle([Batch((x,), {}) for x in batches])
 
     def block(num_steps: int) -> None:

@@ -27,9 +27,9 @@ from pyro_aevb.training.workers import worker_death
 if TYPE_CHECKING:
     from lightning_fabric.loggers.logger import Logger
 
-__all__ = ["Epochs", "Plan"]
+__all__ = ["CHECK_EVERY", "Epochs", "Plan"]
 
-_CHECK_EVERY = 10_000
+CHECK_EVERY = 10_000
 """Steps after which a compiled step is compared with an eager one again, where no callback may have changed anything."""
 _LOG_EVERY = 100
 """Batches from one logged bound to the next."""
@@ -93,7 +93,7 @@ class Epochs:
     def run(self) -> FitResult:
         """Train until the epochs are done, patience is spent, a callback says so, or a signal comes."""
         modes = [(module, module.training) for module in self.module.modules()]
-        self.stepper.check_every = _CHECK_EVERY
+        self.stepper.check_every = CHECK_EVERY
         self.stepper.wants_stop = lambda: self._interruption.signal is not None
         is_over = False
         try:

@@ -105,15 +105,17 @@ class Stepper:
         objective = self.module.objective
         if hasattr(objective, "set_step"):
             objective.set_step(self.num_steps)
-        with self.module.sharing(batch.shard if isinstance(batch, ShardedBatch) else None):
-            batch = self._on_device(batch)
-            if self.checks_supports and self._supports is not None:
-                with self.module.running():
-                    self._supports.check(*batch)
+        if not isinstance(batch, ShardedBatch):
+            return self._step(batch)
+        with self.module.sharing(batch.shard):
             return self._step(batch)
 
     def _step(self, batch: Batch) -> float:
         """Stage and check where it is time to, take a step, and count it."""
+        batch = self._on_device(batch)
+        if self.checks_supports and self._supports is not None:
+            with self.module.running():
+                self._supports.check(*batch)
         if self.staging.waits_for(batch):
             self._whole = self.staging.stage(self.loss, self._plain, batch, self.clip_norm)
             # a learning-rate schedule looks for this, and warns that it came before the first step
