@@ -37,7 +37,8 @@ def stage(
 ) -> nn.Module:
     """Record objective, model and guide on a batch as a graph: ``stage(...)(*batch)`` is the loss.
 
-    The graph shares the parameters of model and guide, draws fresh noise at each call and is fixed to the batch's shapes.
+    The graph shares the parameters of model and guide, draws fresh noise at each call and is fixed to the batch's shapes and to
+    the modes, train or eval, that modules have now.
 
     Args:
         objective: Any ``pyro.infer.ELBO`` that has ``differentiable_loss``.

@@ -1,5 +1,6 @@
 """Compiled densities are the eager ones, of whatever rows, coordinates and parameters; or they stay eager, with the reason."""
 
+import copy
 import warnings
 
 import pyro
@@ -114,6 +115,25 @@ class TestReadAnew:
         assert len(graphs(compiled)) == 1
         model.net[3] = nn.Linear(5, 4)
         assert_same(compiled, eager, u.detach())
+
+    def test_tensors_from_outside_that_are_written_into(self, monkeypatch):
+        # a compiler writes what is no input into its code
+        monkeypatch.setattr(
+            compiled_rows, "compile_graph", lambda graph, *tensors: torch.no_grad()(copy.deepcopy(graph))
+        )
+        factor = torch.ones(4)
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z[..., None] * factor, 1.0).to_event(1), obs=x)
+
+        x, u = torch.randn(5, 4), torch.randn(3, 5, 1)
+        eager, compiled = LogDensity(model, x), LogDensity(model, x, compile=True)
+        assert_same(compiled, eager, u)
+        factor.mul_(2.0)
+        assert_same(compiled, eager, u)
+        assert len(graphs(compiled)) == 1
 
     def test_arguments_that_are_no_tensors(self):
         def model(x, power, y=None):
