@@ -18,7 +18,15 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 from torch.nn.functional import softplus
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 if __name__ == "__main__":
     from jaxtyping import install_import_hook
@@ -41,6 +49,7 @@ from pyro_aevb import (
 from pyro_aevb.errors import AEVBError
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.processes import Processes
+from pyro_aevb.randomness import preserved_rng
 from pyro_aevb.training.data import as_source
 from pyro_aevb.training.sharding import share
 from pyro_aevb.training.stepper import Stepper
@@ -160,10 +169,19 @@ def check_batches(fabric):
         told = [(batch.args[0].tolist(), batch.shard.rows, batch.rows) for batch in batches]
         return {"batches": told, "num_batches": source.num_batches(), "num_rows": source.num_rows}
 
-    loader = DataLoader(TensorDataset(rows), batch_size=4, shuffle=True)
-    source = share(as_source(loader), Processes(fabric))
-    epochs = [[(batch.args[0].tolist(), batch.shard.rows, batch.rows) for batch in source.batches()] for _ in range(2)]
+    def two_epochs(**order):
+        """Return what two epochs of a loader give, where each process draws by itself."""
+        own = share(as_source(DataLoader(TensorDataset(rows), batch_size=4, **order)), Processes(fabric))
+        with preserved_rng():
+            torch.manual_seed(fabric.global_rank)
+            epochs = [
+                [(batch.args[0].tolist(), batch.shard.rows, batch.rows) for batch in own.batches()] for _ in range(2)
+            ]
+        return own, epochs
+
+    source, epochs = two_epochs(shuffle=True)
     return {
+        "sampler": two_epochs(sampler=SubsetRandomSampler(range(23)))[1],
         "tensor": seen(rows, 4),
         "skipping": seen(rows, 4, skip=1),
         "dataset": seen(TensorDataset(rows), 4),
@@ -273,8 +291,16 @@ EAGER = {"seed": 7, "compile": False, "progress": False}
 
 
 def check_resuming(fabric):
-    """Return parameters and bounds of a fit, and of one that was stopped and continued."""
-    settings = {"batch_size": 10, "fabric": fabric, "progress": False, "compile": False}
+    """Return parameters and bounds of a fit, and of one that was stopped and continued, for each kind of data."""
+    rows = TensorDataset(latent_rows(45))
+    loaders = {"loader": {"shuffle": True}, "sampler": {"sampler": SubsetRandomSampler(range(45))}}
+    return {"tensor": resume(fabric, latent_rows(45), batch_size=10)} | {
+        name: resume(fabric, DataLoader(rows, batch_size=10, **order)) for name, order in loaders.items()
+    }
+
+
+def resume(fabric, data, **settings):
+    settings |= {"fabric": fabric, "progress": False, "compile": False}
     with tempfile.TemporaryDirectory() as own:
         folder = Path(fabric.broadcast(own)) / "checkpoints"
         found = {}
@@ -284,7 +310,7 @@ def check_resuming(fabric):
             ("continued", 4, {"seed": 1, "checkpoint": folder, "resume": True}),
         ):
             vi = AEVB(Latent().model)
-            result = vi.fit(latent_rows(45), num_epochs=num_epochs, **settings, **more)
+            result = vi.fit(data, num_epochs=num_epochs, **settings, **more)
             parameters = {key: item.detach().clone() for key, item in vi.module.named_parameters()}
             found[name] = {"parameters": parameters, "bounds": [record["bound"] for record in result.history]}
         fabric.barrier()
@@ -353,11 +379,13 @@ def check_refusals(fabric):
     sampler = [[0, 1], [2, 3, 4]]
     loader = DataLoader(TensorDataset(rows), batch_sampler=sampler)
     kept = DataLoader(TensorDataset(rows), batch_sampler=BatchSampler(SequentialSampler(rows), 4, False))
+    again = DataLoader(TensorDataset(rows), batch_size=4, sampler=RandomSampler(rows, replacement=True, num_samples=5))
     run = partial(fit, fabric=fabric, progress=False, num_epochs=1)
     model = Latent().model
     return {
         "batches of one's own": error_of(lambda: run(Mean(), no_latents, SGVB(kl="sampled"), loader)),
         "batches of torch's": error_of(lambda: run(Mean(), no_latents, SGVB(kl="sampled"), kept)),
+        "rows drawn again": error_of(lambda: run(Mean(), no_latents, SGVB(kl="sampled"), again)),
         "a guide of rows": error_of(lambda: run(model, AutoNormal(model), Trace_ELBO(), rows, batch_size=12)),
         "an idle parameter": error_of(lambda: run(Idle(), no_latents, SGVB(kl="sampled"), rows)),
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_aevb.errors import ProcessError
+from pyro_aevb.errors import ProcessError, SettingError
 from pyro_aevb.randomness import check_seed
 
 if TYPE_CHECKING:
@@ -33,8 +33,29 @@ def fork_seed(seed: int, number: int) -> int:
 
 
 def launched(fabric: "Fabric | None") -> "Fabric | None":
-    """Start the processes of a Fabric that has not started them yet, as ``fabric.launch()`` does."""
-    if fabric is not None and fabric.world_size > 1 and not fabric._launched:
+    """Start the processes of a Fabric that has not started them yet, as ``fabric.launch()`` does.
+
+    Raises:
+        SettingError: If it is no Fabric, or one whose processes do not each run the script with all parameters.
+    """
+    if fabric is None:
+        return None
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies.ddp import DDPStrategy
+    from lightning_fabric.strategies.single_device import SingleDeviceStrategy
+
+    if not isinstance(fabric, Fabric):
+        raise SettingError(
+            f"fabric must be a Fabric of lightning_fabric, Fabric(accelerator=..., devices=..., strategy='ddp'), got {fabric!r}."
+        )
+    strategy = fabric.strategy
+    is_forked = isinstance(strategy, DDPStrategy) and getattr(strategy, "_start_method", "popen") != "popen"
+    if is_forked or not isinstance(strategy, (DDPStrategy, SingleDeviceStrategy)):
+        raise SettingError(
+            f"fabric has the strategy {type(strategy).__name__}{' in forked processes' if is_forked else ''}; what is known to "
+            f"work is one process, or strategy='ddp', whose processes each run the script and hold all parameters."
+        )
+    if fabric.world_size > 1 and not fabric._launched:
         fabric.launch()
     return fabric
 
@@ -44,6 +65,9 @@ class Processes:
 
     Args:
         fabric: A Fabric; its processes are started if they are not yet.
+
+    Raises:
+        SettingError: If it is none, or has a strategy that is not known to work.
 
     Attributes:
         rank: Number of this process, from 0.
@@ -74,14 +98,17 @@ class Processes:
         check_seed(seed)
         if self.count == 1 or seed is not None:
             return seed
-        return self._broadcast(int(torch.randint(2**31, ())))
+        return self.share(int(torch.randint(2**31, ())))
 
     def draw_apart(self) -> None:
         """Let each process draw its own numbers from here on: those of a seed that the first draws, and of the rank."""
         if self.count > 1:
-            torch.manual_seed(fork_seed(self._broadcast(int(torch.randint(2**62, ()))), self.rank + 1))
+            torch.manual_seed(fork_seed(self.share(int(torch.randint(2**62, ()))), self.rank + 1))
 
-    def _broadcast(self, value: T) -> T:
+    def share(self, value: T) -> T:
+        """Return the first process's value, in all of them."""
+        if self.count == 1:
+            return value
         fabric: Any = self.fabric
         with self.watching():
             return fabric.broadcast(value)

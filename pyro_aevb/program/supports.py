@@ -101,7 +101,7 @@ class BatchSupports:
         """
         if not self._is_needed:
             return
-        named = dict(enumerate(args)) | kwargs
+        named: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
         if self._direct is None:
             inside = Inside(self.structure.data_dim, 0)
             if _run(self.model, inside, args, kwargs):

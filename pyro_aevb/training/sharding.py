@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from pyro_aevb.errors import SettingError
 from pyro_aevb.program.batch import take_rows
@@ -19,6 +19,8 @@ from pyro_aevb.program.scaling import Shard
 from pyro_aevb.training.data import Batch, BatchSource, as_batch
 
 __all__ = ["ShardedBatch", "ShardedSource", "share"]
+
+_EPOCHS = "epochs"
 
 
 class ShardedBatch(Batch):
@@ -175,17 +177,34 @@ class _DividedLoader(_OwnOrder):
     def __init__(self, source: BatchSource, processes: Processes) -> None:
         super().__init__(source, processes)
         given: Any = source
+        from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
+
         self._loader = _divide(given.data, processes)
         self._sampler: Any = self._loader.batch_sampler.sampler
+        if isinstance(self._sampler, DistributedSamplerWrapper):
+            self._sampler.dataset = _OneOrder(given.data.sampler, processes)  # type: ignore[assignment]
+        self._num_epochs = 0
         self.num_rows = len(self._sampler.dataset)
 
     def num_batches(self) -> int:
         """Number of batches in an epoch."""
         return len(self._loader)
 
+    def state(self) -> dict[str, Any]:
+        """Return where the data stand between two epochs: the epochs behind them too, by which rows are shuffled."""
+        return super().state() | {_EPOCHS: self._num_epochs}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to where :meth:`state` was taken."""
+        super().load_state({name: value for name, value in state.items() if name != _EPOCHS})
+        self._num_epochs = int(state.get(_EPOCHS, 0))
+
     def _own(self, generator: torch.Generator | None, skip: int) -> Iterator[Batch]:
         """Yield the loader's batches, without the rows that the sampler repeats at its end."""
         sampler = self._sampler
+        # Fabric counts epochs for the sampler, which shuffles by their number, from 0 in each process that is started
+        self._loader._num_iter_calls = self._num_epochs
+        self._num_epochs += 1
         left = min(len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas)), sampler.num_samples)
         for item in self._loader:
             batch = as_batch(item)
@@ -194,8 +213,39 @@ class _DividedLoader(_OwnOrder):
             yield Batch(*take_rows(*batch, slice(0, kept)))
 
 
+class _OneOrder:
+    """The order of a sampler of one's own, one for all processes: each would draw another. Fabric's wrapper divides it.
+
+    Args:
+        sampler: Draws the order of an epoch.
+        processes: The processes.
+    """
+
+    def __init__(self, sampler: Any, processes: Processes) -> None:
+        self._sampler = sampler  # Fabric tells it the number of the epoch
+        self._processes = processes
+        self._order: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._order[index]
+
+    def reset(self) -> None:
+        """Draw the order of another epoch."""
+        self._order = self._processes.share(list(self._sampler))
+
+
 def _divide(loader: DataLoader[Any], processes: Processes) -> Any:
     """Let Fabric give a loader a sampler of this process's rows, unless it has one."""
+    drawn = loader.sampler
+    if isinstance(drawn, RandomSampler) and (drawn.replacement or drawn.num_samples != len(loader.dataset)):  # type: ignore[arg-type]
+        raise SettingError(
+            f"The DataLoader has a RandomSampler with replacement={drawn.replacement} and num_samples={drawn.num_samples}, which "
+            f"Fabric replaces in {processes.count} processes by one that gives every row once. Use shuffle=True, or a sampler of "
+            f"another kind (WeightedRandomSampler(torch.ones(rows), num_samples))."
+        )
     if loader.batch_size is None or not hasattr(loader.sampler, "__len__"):
         how = "a batch_sampler or whole batches as items" if loader.batch_size is None else "a sampler without a length"
         raise SettingError(

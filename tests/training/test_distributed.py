@@ -110,10 +110,11 @@ class TestBatches:
             [([3.0, 4.0], 2, 5)],
         ]
 
-    def test_of_a_loader_hold_every_row_once_in_another_order_each_epoch(self, found):
+    @pytest.mark.parametrize("order", ["loader", "sampler"])
+    def test_of_a_loader_hold_every_row_once_in_another_order_each_epoch(self, found, order):
         orders = []
         for epoch in range(2):
-            told = [own["batches"]["loader"][epoch] for own in found]
+            told = [own["batches"][order][epoch] for own in found]
             rows = [row for own in told for batch in own for row in batch[0]]
             assert sorted(rows) == list(range(23))
             assert [[rows for *_, rows in own] for own in told] == [[8, 8, 7]] * 2
@@ -171,9 +172,10 @@ class TestFit:
             for key, value in own["fits"]["seed"]["parameters"].items():
                 assert torch.equal(value, own["fits"]["again"]["parameters"][key]), key
 
-    def test_a_continued_one_ends_as_an_undisturbed_one(self, found):
+    @pytest.mark.parametrize("data", ["tensor", "loader", "sampler"])
+    def test_a_continued_one_ends_as_an_undisturbed_one(self, found, data):
         for own in found:
-            undisturbed, continued = own["resuming"]["undisturbed"], own["resuming"]["continued"]
+            undisturbed, continued = own["resuming"][data]["undisturbed"], own["resuming"][data]["continued"]
             assert continued["bounds"] == undisturbed["bounds"]
             for key, value in undisturbed["parameters"].items():
                 assert torch.equal(value, continued["parameters"][key]), key
@@ -186,6 +188,7 @@ class TestFit:
         [
             ("batches of one's own", "SettingError", "Give the Dataset itself with batch_size="),
             ("batches of torch's", "SettingError", "Give the Dataset itself with batch_size="),
+            ("rows drawn again", "SettingError", "every row once"),
             ("a guide of rows", "GuideError", "in one process"),
             ("an idle parameter", "SettingError", "ddp_find_unused_parameters_true"),
         ],
