@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_aevb._types import PyroProgram, Values
 from pyro_aevb.diagnostics.report import TrustReport, trust_report
-from pyro_aevb.errors import FileError, SettingError
+from pyro_aevb.errors import SettingError
 from pyro_aevb.evidence.marginal import find_method, log_marginal
 from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.guides.normal import AutoAmortizedNormal
@@ -20,11 +20,11 @@ from pyro_aevb.guides.saving import read_guide
 from pyro_aevb.imputation.impute import impute
 from pyro_aevb.imputation.result import Imputation
 from pyro_aevb.objectives.base import Objective
-from pyro_aevb.objectives.importance_weighted import IWELBO
+from pyro_aevb.objectives.naming import rebuild_objective
 from pyro_aevb.objectives.sgvb import SGVB
-from pyro_aevb.objectives.wake_sleep import ReweightedWakeSleep, WakeSleep
 from pyro_aevb.prediction import embed, posterior, predict, reconstruct, simulate
 from pyro_aevb.program.compiling import Compile, check_compile
+from pyro_aevb.program.devices import check_device
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.settings import NumData, check_covariates, check_num_data, check_positive, check_settings
 from pyro_aevb.randomness import seeded
@@ -35,13 +35,9 @@ from pyro_aevb.training.preparation import build, check_size
 from pyro_aevb.training.saving import describe_program, restore
 from pyro_aevb.training.staged import Staging
 from pyro_aevb.training.stepper import Stepper, default_optimizer
+from pyro_aevb.training.streaming import stay_eager
 
 __all__ = ["AEVB"]
-
-OBJECTIVES: dict[str, type[Objective]] = {
-    kind.__name__: kind for kind in (SGVB, IWELBO, WakeSleep, ReweightedWakeSleep)
-}
-"""Objectives that a saved file can name and rebuild."""
 
 
 class AEVB:
@@ -165,7 +161,8 @@ class AEVB:
 
         Raises:
             NonFiniteError: If too many steps in a row were skipped.
-            DataError: If there are no rows, tensors differ in their number, or rows are outside a site's support or NaN.
+            DataError: If there are no rows, tensors differ in their number, or rows are outside a site's support, or NaN (which
+                compiled steps skip).
             SettingError: If the model has globals and nothing says how many rows there are: ``num_data`` or
                 ``effective_num_data`` of :class:`AEVB`.
         """
@@ -185,7 +182,8 @@ class AEVB:
         build(self._module, rows)
         check_size(self._module, None)
         self._keep_template(rows)
-        return Stepper(self._module, default_optimizer(learning_rate), staging=Staging(compile=self.compile))
+        staging = stay_eager(Staging(compile=self.compile), is_growing=self._module.is_growing)
+        return Stepper(self._module, default_optimizer(learning_rate), staging=staging)
 
     def posterior(self, *batch: Any, num_samples: int = 1000, **settings: Any) -> Values:
         """Draw the latents of rows, seen in training or not: :func:`pyro_aevb.prediction.posterior`.
@@ -286,8 +284,12 @@ class AEVB:
             return simulate(self.model, *rows.args, num_rows=num_rows, data_plate=self._plate, seed=seed, **rows.kwargs)
 
     def to(self, device: torch.device | str) -> "AEVB":
-        """Move every parameter and buffer to a device; an optimizer's state is dropped."""
-        self._module.to(device)
+        """Move every parameter and buffer to a device; an optimizer's state is dropped.
+
+        Raises:
+            SettingError: If this machine has no such device.
+        """
+        self._module.to(check_device(device))
         self._stepper = None
         return self
 
@@ -326,14 +328,7 @@ class AEVB:
         guide = read_guide(header["guide"], model, guide, encoder)
         if objective is None and header["objective"] is not None:
             name, settings = header["objective"]
-            if name not in OBJECTIVES:
-                raise FileError(
-                    f"{path} was saved with the objective {name}, which is not known here: give objective=."
-                )
-            try:
-                objective = OBJECTIVES[name](**settings)
-            except (TypeError, SettingError) as error:
-                raise FileError(f"{path} has settings that {name} does not take: {error}. Give objective=.") from error
+            objective = rebuild_objective(name, settings, path)
         num_data: NumData = "growing" if header.get("is_growing") else header["num_data"]
         loaded = cls(model, guide, objective, data_plate=header["data_plate"], num_data=num_data)
         loaded._batch_shapes = header["batch"]

@@ -614,7 +614,66 @@ STREAMS = {
     "an argument that the model does not have": Case(fitting({"y": X}), ModelError, "unexpected keyword argument 'y'"),
     "one argument too many": Case(fitting((X, X)), ModelError, "positional arguments"),
 }
+
+
+def one_for_all(x):
+    """A distribution of one number for a row's four."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z[:, None], 1.0).to_event(1), obs=x)
+
+
+class Endless(torch.utils.data.Dataset):
+    """Rows without a number of them."""
+
+    def __getitem__(self, index):
+        return X[index % 30]
+
+
+class Nothing(torch.utils.data.IterableDataset):
+    """A stream that ends at once."""
+
+    def __iter__(self):
+        return iter(())
+
+
+def forked(model, guide, folder):
+    from lightning_fabric import Fabric
+
+    posterior(model, guide, X, fabric=Fabric(accelerator="cpu", devices=2, strategy="ddp_spawn"))
+
+
 REST = {
+    "data wider than their distribution": Case(
+        lambda model, guide, folder: AEVB(model).fit(X, progress=False),
+        ModelError,
+        r"'x' observes data of shape \[30, 4\] under a distribution of shape \[30, 1\]",
+        lambda: one_for_all,
+    ),
+    "data wider than their distribution, new rows": Case(
+        lambda model, guide, folder: AEVB(model).posterior(X),
+        ModelError,
+        r"\[\d+, 4\].*\[\d+, 1\]",
+        lambda: one_for_all,
+    ),
+    "held-out data of another width": Case(fitting(validation=X[:, :3]), ModelError, r"validation=.*float32 \[30, 3\]"),
+    "held-out data with NaN": Case(fitting(validation=NAN_IN_ROW_17), DataError, "validation=.*NaN.*argument 0"),
+    "held-out data with NaN further on": Case(
+        fitting(validation=torch.cat([X, X, X, X, NAN_IN_ROW_17])), DataError, "validation=.*argument 0, row 137"
+    ),
+    "held-out data outside the support": Case(
+        fitting(X.sign().clamp(min=0), validation=torch.cat([X.sign().clamp(min=0)] * 4 + [X])),
+        DataError,
+        "validation=.*'x' lie outside the support",
+        lambda: Model(likelihood=lambda loc: dist.Bernoulli(logits=loc).to_event(1)),
+    ),
+    "held-out data that are none": Case(fitting(validation=Nothing()), DataError, "validation=.*empty"),
+    "a dataset without a length": Case(training(Endless), DataError, "Endless has no length.*IterableDataset"),
+    "a device that is none": Case(wrapped("to", "tpu9"), SettingError, "'cpu' or 'cuda:0', got 'tpu9'"),
+    "a device of another machine": Case(wrapped("to", "cuda:99"), SettingError, "got 'cuda:99'"),
+    "processes in words": Case(fitting(fabric="ddp"), SettingError, "must be a Fabric.*got 'ddp'"),
+    "processes in words, new rows": Case(drawing(fabric="ddp"), SettingError, "must be a Fabric.*got 'ddp'"),
+    "processes that are forked": Case(forked, SettingError, "DDPStrategy in forked processes.*strategy='ddp'"),
     "a masked array of rows to draw": Case(wrapped("posterior", MASKED), DataError, "masked array"),
     "sparse rows to draw": Case(drawing(X.to_sparse()), DataError, "dense.*sparse_coo"),
     "rows to draw that are none": Case(drawing(None), ModelError, "0: None.*tensors or numpy arrays"),

@@ -265,6 +265,12 @@ class Probe:
     def _observation(self, node: dict[str, Any]) -> Observation:
         name, fn = node["name"], node["fn"]
         shape = fn.batch_shape + fn.event_shape
+        if any(own > given for own, given in zip(reversed(node["value"].shape), reversed(shape), strict=False)):
+            raise ModelError(
+                f"Site {name!r} observes data of shape {list(node['value'].shape)} under a distribution of shape {list(shape)}. "
+                f"Give it parameters of the data's shape, or .expand(...) before .to_event(...).",
+                site=name,
+            )
         value, mask = node["value"].expand(shape), value_mask(node)
         known = None if mask is None else self._canonical(name, mask.expand(shape))
         return Observation(self._canonical(name, value), known)

@@ -59,6 +59,11 @@ class BatchSource(ABC):
             SettingError: If there are fewer batches to skip, or they can't be.
         """
 
+    @property
+    def num_data(self) -> int | None:
+        """Rows of the data set, by which a batch is weighed; ``None`` where nobody knows."""
+        return self.num_rows
+
     @abstractmethod
     def num_batches(self) -> int | None:
         """Number of batches in an epoch; ``None`` for a stream."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from pyro_aevb.errors import DataError, SettingError
 from pyro_aevb.program.settings import check_count
@@ -67,6 +67,10 @@ class LoaderSource(BatchSource):
             raise SettingError(f"A DataLoader has its own batch size; leave batch_size={batch_size} out.")
         dataset = self.dataset = _dataset(data)
         is_stream = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
+        if is_stream and not self.is_given and not isinstance(dataset, IterableDataset):
+            raise DataError(
+                f"The Dataset {type(dataset).__name__} has no length: give it __len__, or make rows without end an IterableDataset."
+            )
         self.num_rows = None if is_stream else _count_rows(data)
         if self.num_rows == 0:
             raise DataError("The data are empty: expected at least one row.")
@@ -154,6 +158,14 @@ class LoaderSource(BatchSource):
         }
         found = {name: getattr(holder, "generator", None) for name, holder in holders.items()}
         return {name: generator for name, generator in found.items() if isinstance(generator, torch.Generator)}
+
+    @property
+    def num_data(self) -> int | None:
+        """Rows of the data set; ``None`` for a stream, and for a loader whose items are whole batches (``batch_size=None``)."""
+        data = self.data
+        has_batches = isinstance(data, DataLoader) and data.batch_size is None and data.batch_sampler is None
+        is_indexed_by_batches = isinstance(data, DataLoader) and isinstance(data.sampler, BatchSampler)
+        return None if has_batches and not is_indexed_by_batches else self.num_rows
 
     def num_batches(self) -> int | None:
         """Number of batches in an epoch; ``None`` for a stream."""

@@ -1,6 +1,6 @@
 """Fit model and guide to data: Algorithm 1 of arXiv 1312.6114 on Lightning Fabric's devices."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +9,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_aevb._types import PyroProgram
-from pyro_aevb.errors import SettingError
 from pyro_aevb.program.compiling import Compile, check_compile
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.processes import Processes
 from pyro_aevb.program.settings import NumData, check_count, check_num_data, check_settings
 from pyro_aevb.randomness import seeded
 from pyro_aevb.training.checkpoint import Checkpoints
-from pyro_aevb.training.data import BatchSource, as_source
+from pyro_aevb.training.data import as_source
 from pyro_aevb.training.epochs import Epochs, Plan
 from pyro_aevb.training.fit_settings import (
     check_checkpoint,
@@ -27,11 +26,12 @@ from pyro_aevb.training.fit_settings import (
     make_schedule,
 )
 from pyro_aevb.training.loggers import LoggerSetting, find_loggers
-from pyro_aevb.training.preparation import prepare
+from pyro_aevb.training.preparation import prepare, prepare_validation
 from pyro_aevb.training.result import EpochEnd, FitResult
 from pyro_aevb.training.sharding import share
 from pyro_aevb.training.staged import Staging
 from pyro_aevb.training.stepper import OptimizerMaker, Stepper, default_optimizer
+from pyro_aevb.training.streaming import GrowingSource, stay_eager
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -193,24 +193,12 @@ def fit_module(
         make = optimizer or default_optimizer(learning_rate or 1e-3)
         steps = source.num_batches()
         staging = Staging(compile=compile, num_steps=None if steps is None else steps * num_epochs)
+        stay_eager(staging, is_growing=isinstance(source, GrowingSource))
         stepper = Stepper(module, make, clip_norm=clip_norm, fabric=fabric, max_skipped=max_skipped, staging=staging)
         stepper.checks_supports = source.whole() is None
         plan = Plan(num_epochs, patience, callbacks, progress, every, [*stepper.fabric.loggers, *loggers])
-        epochs = Epochs(module, stepper, source, plan, _held_out(module, validation), checkpoints)
+        held_out = None if validation is None else prepare_validation(module, validation)
+        epochs = Epochs(module, stepper, source, plan, held_out, checkpoints)
         epochs.schedule = make_schedule(schedule, stepper.optimizer)
         processes.draw_apart()
         return epochs.run()
-
-
-def _held_out(module: ObjectiveModule, validation: Any) -> BatchSource | None:
-    """Return validation data in batches; all at once for a model without rows."""
-    if validation is None:
-        return None
-    if isinstance(validation, Iterator):
-        raise SettingError(
-            "Held-out data are passed through after each epoch, and an iterator lasts for one: give tensors, a Dataset or a "
-            "DataLoader as validation=."
-        )
-    source = as_source(validation)
-    has_rows = module.structure is None or module.structure.data_plate is not None
-    return source if has_rows else as_source(validation, source.num_rows)

@@ -8,19 +8,19 @@ import torch
 from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
 from pyro.infer.autoguide.effect import AutoMessenger
 
-from pyro_aevb.errors import AEVBError, DataError, GuideError, SettingError
+from pyro_aevb.errors import AEVBError, DataError, GuideError, NonFiniteError, SettingError
 from pyro_aevb.guides.base import AmortizedGuide
 from pyro_aevb.guides.inputs import STANDARDISING_ROWS
 from pyro_aevb.program.batch import explained, take_rows
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.rows import check_finite, located
-from pyro_aevb.program.structure import Structure
+from pyro_aevb.program.structure import Structure, read_structure
 from pyro_aevb.program.supports import check_supports
-from pyro_aevb.training.data import Batch, BatchSource
+from pyro_aevb.training.data import Batch, BatchSource, as_source
 from pyro_aevb.training.sharding import ShardedSource
 from pyro_aevb.training.streaming import GrowingSource
 
-__all__ = ["build", "check_rows", "check_size", "prepare"]
+__all__ = ["build", "check_rows", "check_size", "prepare", "prepare_validation"]
 
 
 def prepare(module: ObjectiveModule, source: BatchSource, batch_size: int | None) -> BatchSource:
@@ -50,15 +50,52 @@ def prepare(module: ObjectiveModule, source: BatchSource, batch_size: int | None
     else:
         check_rows(structure, batch)
         _check_rows_of_guide(module, structure, source)
-        check_size(module, source.num_rows)
-        if module.is_growing and source.num_rows is None:
+        check_size(module, source.num_data)
+        if module.is_growing and source.num_data is None:
             return GrowingSource(source, module)
         if module.num_data is None:
-            module.num_data = source.num_rows
+            module.num_data = source.num_data
     if whole is not None:
         with module.running():
             check_finite(module.model, module.guide, structure, *whole, rows_per_run=source.batch_size or 1)
             check_supports(module.model, structure, *whole)
+    return source
+
+
+def prepare_validation(module: ObjectiveModule, data: Any) -> BatchSource:
+    """Return held-out data in batches, all at once for a model without rows, and refuse what the model can't take.
+
+    Args:
+        module: Model, guide and objective, built.
+        data: As a fit takes them, but for iterators.
+
+    Raises:
+        SettingError: If they are an iterator.
+        DataError: If there are none, NaN reaches a density, or some are outside a support; of a loader or stream, in its first
+            batch.
+        ModelError: If model or guide fail on them.
+    """
+    if isinstance(data, Iterator):
+        raise SettingError(
+            "Held-out data are passed through after each epoch, and an iterator lasts for one: give tensors, a Dataset or a "
+            "DataLoader as validation=."
+        )
+    source, structure = as_source(data), module.structure
+    if structure is None:
+        return source
+    if structure.data_plate is None:
+        source = as_source(data, source.num_rows)
+    try:
+        first = source.first()
+        rows = source.whole() or first
+        # densities that are NaN by the parameters may become better
+        with module.running(), explained("program", *first), suppress(NonFiniteError):
+            read_structure(module.model, *first, guide=module.guide, data_plate=structure.data_plate)
+        with module.running():
+            check_finite(module.model, module.guide, structure, *rows, rows_per_run=source.batch_size or 1)
+            check_supports(module.model, structure, *rows)
+    except AEVBError as error:
+        raise type(error)(f"Held-out data, validation=: {error}", site=error.site) from error
     return source
 
 

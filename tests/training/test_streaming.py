@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pyro
@@ -11,10 +12,10 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from pyro_aevb import AEVB, SGVB, fit
-from pyro_aevb.errors import DataError, SettingError
+from pyro_aevb.errors import DataError, SettingError, StagingWarning
 from pyro_aevb.testing import LinearGaussian, NormalNormal
 
 X = torch.randn(30, generator=torch.Generator().manual_seed(0))
@@ -192,6 +193,61 @@ class TestNumberOfRows:
         assert vi.module.num_data == 30
         vi.partial_fit(X[:7])
         assert vi.module.num_data == 37
+
+    @pytest.mark.parametrize("step", ["fit", "partial_fit"])
+    def test_a_growing_one_is_not_compiled(self, step):
+        """A compiled step would hold one number of rows and be of use for no other step."""
+        vi = AEVB(EXACT.model, Guide(), num_data="growing", compile=True)
+
+        def run():
+            if step == "fit":
+                return vi.fit(iter(X.split(10)), progress=False).execution
+            for batch in X.split(10):
+                vi.partial_fit(batch)
+            return vi._stepper.execution
+
+        with pytest.warns(StagingWarning, match=r"run eagerly: num_data='growing'.*effective_num_data=") as told:
+            execution = run()
+        assert len(told) == 1
+        assert execution.startswith("eager: num_data='growing'")
+
+    @pytest.mark.parametrize("setting", ["auto", False])
+    def test_nobody_is_warned_who_did_not_ask_for_compiling(self, setting):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            AEVB(EXACT.model, Guide(), num_data="growing", compile=setting).partial_fit(X)
+
+    def test_a_loader_of_whole_batches_does_not_tell_it(self):
+        """Its length is the number of batches, by which rows would be weighed ten times too little."""
+
+        class Batches(Dataset):
+            def __len__(self):
+                return 3
+
+            def __getitem__(self, index):
+                return X.split(10)[index]
+
+        loader = DataLoader(Batches(), batch_size=None)
+        with pytest.raises(SettingError, match=r"\['g'\].*num_data="):
+            fit(EXACT.model, Guide(), SGVB(), loader, progress=False)
+        found = []
+        for data, settings in ((loader, {}), (X, {"batch_size": 10})):
+            vi = AEVB(EXACT.model, Guide(), num_data=30, compile=False)
+            optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)  # noqa: E731
+            vi.fit(data, num_epochs=1, seed=0, optimizer=optimizer, progress=False, **settings)
+            found.append((vi.module.num_data, vi.result.num_steps))
+        assert found[0] == found[1] == (30, 3)
+        growing = AEVB(EXACT.model, Guide(), num_data="growing")
+        growing.fit(loader, num_epochs=1, progress=False)
+        assert growing.module.num_data == 30
+
+    @pytest.mark.parametrize(
+        "order", [{"sampler": BatchSampler(SequentialSampler(X), 10, False), "batch_size": None}, {}]
+    )
+    def test_other_loaders_tell_it(self, order):
+        vi = AEVB(EXACT.model, Guide())
+        vi.fit(DataLoader(TensorDataset(X), **({"batch_size": 7} | order)), num_epochs=1, progress=False)
+        assert vi.module.num_data == 30
 
     def test_a_growing_one_goes_on_after_loading(self, tmp_path):
         vi = AEVB(EXACT.model, Guide(), num_data="growing")
