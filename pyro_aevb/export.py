@@ -179,7 +179,7 @@ def export_posterior(
     check_count("num_samples", num_samples)
     check_count("chunk_size", chunk_size, is_optional=True)
     check_covariates(covariates, export_posterior)
-    if not isinstance(path, str | Path):
+    if not isinstance(path, str | Path) or not Path(path).name:
         raise SettingError(f"path must name a file, got {path!r}.")
     batch, covariates = as_tensors(batch, covariates)
     with inferring(seed, model, guide):
@@ -235,7 +235,7 @@ def _arrays(group: str, values: Any) -> Arrays:
     tensors = {name: torch.as_tensor(value).detach().cpu() for name, value in values.items()}
     # numpy knows no bfloat16
     return {
-        name: np.array(value.float() if value.dtype == torch.bfloat16 else value, copy=True)
+        name: np.array((value.float() if value.dtype == torch.bfloat16 else value).numpy(), copy=True)
         for name, value in tensors.items()
     }
 

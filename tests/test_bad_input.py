@@ -669,6 +669,10 @@ REST = {
     ),
     "held-out data that are none": Case(fitting(validation=Nothing()), DataError, "validation=.*empty"),
     "a dataset without a length": Case(training(Endless), DataError, "Endless has no length.*IterableDataset"),
+    "an argument without a name": Case(fitting({0: X}), DataError, "by their names, got the key 0"),
+    "a file of draws with an empty name": Case(
+        lambda model, guide, folder: export_posterior(model, guide, X, path=""), SettingError, "name a file, got ''"
+    ),
     "a device that is none": Case(wrapped("to", "tpu9"), SettingError, "'cpu' or 'cuda:0', got 'tpu9'"),
     "a device of another machine": Case(wrapped("to", "cuda:99"), SettingError, "got 'cuda:99'"),
     "processes in words": Case(fitting(fabric="ddp"), SettingError, "must be a Fabric.*got 'ddp'"),

@@ -55,7 +55,7 @@ def launched(fabric: "Fabric | None") -> "Fabric | None":
             f"fabric has the strategy {type(strategy).__name__}{' in forked processes' if is_forked else ''}; what is known to "
             f"work is one process, or strategy='ddp', whose processes each run the script and hold all parameters."
         )
-    if fabric.world_size > 1 and not fabric._launched:
+    if isinstance(strategy, DDPStrategy) and not fabric._launched:  # one process alone has a group of processes too
         fabric.launch()
     return fabric
 

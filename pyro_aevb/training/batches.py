@@ -107,9 +107,13 @@ def as_batch(data: Any) -> Batch:
     """Turn one batch in any form to arguments; numpy arrays become tensors that share their memory.
 
     Raises:
-        DataError: If an item is neither a tensor nor an array of numbers.
+        DataError: If an item is neither a tensor nor an array of numbers, or a mapping's key is no name.
     """
     if isinstance(data, Mapping):
+        if strange := [name for name in data if not isinstance(name, str)]:
+            raise DataError(
+                f"A mapping holds the model's keyword arguments by their names, got the key {strange[0]!r}."
+            )
         return Batch((), {name: _as_tensor(name, item) for name, item in data.items()})
     if isinstance(data, (tuple, list)):
         return Batch(tuple(_as_tensor(index, item) for index, item in enumerate(data)), {})

@@ -212,6 +212,33 @@ class TestInference:
         assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
+def test_one_process_may_have_the_strategy_of_many():
+    """As a script has that is told the number of its processes, or finds one GPU; a group of one is started by itself."""
+    code = """
+import torch
+from lightning_fabric import Fabric
+from distributed_program import Latent, latent_rows
+from pyro_aevb import AEVB
+bounds = []
+for fabric in (Fabric(accelerator="cpu", devices=1, strategy="ddp"), None):
+    vi = AEVB(Latent().model)
+    vi.fit(latent_rows(45), num_epochs=2, batch_size=10, seed=0, fabric=fabric, progress=False, compile=False)
+    bounds.append([record["bound"] for record in vi.result.history])
+    bounds.append(vi.posterior(latent_rows(3), num_samples=2, seed=0, fabric=fabric)["z"].tolist())
+assert bounds[:2] == bounds[2:], bounds
+torch.distributed.destroy_process_group()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | ALONE | {"PYTHONPATH": str(SCRIPT.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def compare_with_one(found, check, door):
     together, alone = found[0][check][door]
     assert together
