@@ -70,7 +70,8 @@ def record(module: nn.Module, *inputs: Any, **named: Any) -> nn.Module:
         :class:`~pyro_aevb.errors.StagingWarning`, where the graph would not give the same numbers.
     """
     with preserved_state([module], evaluate=False), pyro.validation_enabled(False):
-        unknown = _unknown_leaves(module, _loss(module(*inputs, **named)))
+        args, kwargs = _copied(inputs, named)
+        unknown = _unknown_leaves(module, _loss(module(*args, **kwargs)))
     if unknown:
         return _eager(
             module,
@@ -82,8 +83,9 @@ def record(module: nn.Module, *inputs: Any, **named: Any) -> nn.Module:
             module,
             f"modules of types {hooked} have hooks, which a graph does not call; remove them, or call what they do",
         )
+    args, kwargs = _copied(inputs, named)
     try:
-        graph = export(module, *inputs, **named)
+        graph = export(module, *args, **kwargs)
     except Exception as error:
         return _eager(module, f"it can't be recorded ({first_line(error)})")
     reason = compare(module, graph, inputs, named)
@@ -120,6 +122,32 @@ def _hold_outside(graph: Any) -> Any:
             outside[id(item)] = item
     graph.meta["outside"] = list(outside.values())
     return graph
+
+
+def _copied(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copy a batch for a run that may write into it, a tensor that is in it twice but once.
+
+    Memory is laid out as it is, which a compiled run depends on.
+    """
+    copies: dict[int, Any] = {}
+
+    def copy(item: Any) -> Any:
+        if id(item) not in copies:
+            copies[id(item)] = item if _can_t_be_written(item) else _like(item)
+        return copies[id(item)]
+
+    return tuple(map(copy, inputs)), {name: copy(item) for name, item in named.items()}
+
+
+def _can_t_be_written(item: Any) -> bool:
+    """Tell what is no tensor, or one that shows an entry several times, from what a program may write into."""
+    if not isinstance(item, Tensor):
+        return True
+    return any(step == 0 and size > 1 for size, step in zip(item.shape, item.stride(), strict=True))
+
+
+def _like(item: Tensor) -> Tensor:
+    return torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device=item.device).copy_(item)
 
 
 def _loss(output: Any) -> Tensor:
@@ -220,7 +248,7 @@ def compare(module: nn.Module, graph: nn.Module, inputs: tuple[Any, ...], named:
         return f"a run changes the attributes {eager.counted}, which a graph does not; make them buffers, and write into these"
     try:
         recorded = _run(graph, parameters, inputs, named)
-    except RuntimeError as error:
+    except Exception as error:
         return f"the recorded run failed ({first_line(error)})"
     if not is_close(eager.loss, recorded.loss):
         return f"the recorded loss is {recorded.loss.item():.6g}, the eager one {eager.loss.item():.6g}"
@@ -240,7 +268,8 @@ def _run(run: nn.Module, parameters: dict[str, nn.Parameter], inputs: tuple[Any,
     with preserved_state([run], evaluate=False), pyro.validation_enabled(False):
         pyro.set_rng_seed(_SEED)
         before, numbers = dict(run.named_buffers()), _numbers(run)
-        loss = _loss(run(*inputs, **named))
+        args, kwargs = _copied(inputs, named)
+        loss = _loss(run(*args, **kwargs))
         gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
         if parameters and loss.requires_grad:
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -144,7 +144,9 @@ class Stepper:
         if not (loss.holds and (loss.takes(*batch) if whole is None else whole.takes(*batch))):
             return
         self._num_unchecked = 0
-        if self.staging.is_stale(loss, batch):
+        with explained("program", batch.args, batch.kwargs):
+            is_stale = self.staging.is_stale(loss, batch)
+        if is_stale:
             self.finish()
             self._whole = None
 

@@ -333,6 +333,22 @@ def stops_gradients(self, x):
     return (weight * self.a.detach() * self.a * x).sum()
 
 
+def writes_into_its_batch(self, x):
+    return (self.a * x.mul_(2.0)).sum()
+
+
+def test_a_program_that_writes_into_its_batch_gets_it_as_it_is():
+    module, x = Loss(writes_into_its_batch), torch.tensor([1.0, -3.0])
+    graph = record(module, x)
+    assert graph is not module
+    assert x.tolist() == [1.0, -3.0]
+    for run_ in (module, graph):
+        assert_same(run(run_, x.clone(), [module.a]), (torch.tensor(-8.0), (torch.tensor(-4.0),)))
+    columns = torch.arange(12.0).reshape(3, 4)[:, ::2]
+    record(Loss(writes_into_its_batch), columns)
+    assert columns.tolist() == [[0.0, 2.0], [4.0, 6.0], [8.0, 10.0]]
+
+
 @pytest.mark.parametrize("call", [boolean_index, tensor_as_number, stops_gradients])
 def test_what_a_recording_gets_right_is_recorded(call):
     module = Loss(call)

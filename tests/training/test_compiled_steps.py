@@ -16,7 +16,7 @@ from staged_programs import CASES, OBJECTIVES, PROGRAMS, Autoencoder, batch, met
 from torch import nn
 
 from pyro_aevb import AEVB, SGVB, fit
-from pyro_aevb.errors import NonFiniteError, StagingWarning
+from pyro_aevb.errors import ModelError, NonFiniteError, StagingWarning
 from pyro_aevb.program import compiling
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.staging import record
@@ -427,6 +427,14 @@ class TestChanges:
             torch.testing.assert_close(program.state_dict()[name], value, rtol=1e-8, atol=1e-8)
         whole = 12 if change is write_buffer else 4
         assert (f", {whole} of 12 steps" in compiled.execution) or warns
+
+    def test_a_change_that_breaks_the_program_is_explained(self):
+        def break_it(program, event):
+            program.factor = torch.ones(7)
+
+        for is_compiled in (False, True):
+            with pytest.raises(ModelError, match=r"program failed on a batch of \(0: float32 \[10, 4\]\)"):
+                train(is_compiled, break_it)
 
     def test_hooks_of_the_optimizer_are_called(self):
         calls = []
