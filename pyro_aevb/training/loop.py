@@ -74,7 +74,7 @@ def fit(
     Raises:
         SettingError: If a setting is out of range, the objective has no ``differentiable_loss``, or there are globals and nothing
             says how many rows there are.
-        DataError: If the data are empty or hold NaN or infinity where a density reads them.
+        DataError: If the data are empty, hold NaN or infinity where a density reads them, or lie outside a support.
         ModelError: If the model is not supported.
         GuideError: If the guide does not fit the model.
         NonFiniteError: If the loss stays NaN or infinite.
@@ -190,6 +190,7 @@ def fit_module(
     source = share(as_source(data, batch_size), processes)
     with seeded(processes.agree_on_seed(seed)):
         source = prepare(module, source, batch_size)
+        held_out = None if validation is None else prepare_validation(module, validation)
         make = optimizer or default_optimizer(learning_rate or 1e-3)
         steps = source.num_batches()
         staging = Staging(compile=compile, num_steps=None if steps is None else steps * num_epochs)
@@ -197,7 +198,6 @@ def fit_module(
         stepper = Stepper(module, make, clip_norm=clip_norm, fabric=fabric, max_skipped=max_skipped, staging=staging)
         stepper.checks_supports = source.whole() is None
         plan = Plan(num_epochs, patience, callbacks, progress, every, [*stepper.fabric.loggers, *loggers])
-        held_out = None if validation is None else prepare_validation(module, validation)
         epochs = Epochs(module, stepper, source, plan, held_out, checkpoints)
         epochs.schedule = make_schedule(schedule, stepper.optimizer)
         processes.draw_apart()
