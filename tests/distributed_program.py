@@ -287,6 +287,38 @@ def check_fits(fabric):
     return found | {"stopped": (result.stopped_by, len(result.history))}
 
 
+class Normalised(nn.Module):
+    """A guide whose running statistics are those of the rows that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.heads = nn.BatchNorm1d(1), nn.Linear(1, 2)
+
+    def forward(self, x):
+        loc, log_scale = self.heads(self.norm(x[:, None])).unbind(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+
+def check_buffers(fabric):
+    """Return running statistics after one step, and the posterior's draws of each process."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    torch.manual_seed(0)
+    vi = AEVB(model, Normalised())
+    vi.fit(latent_rows(20), num_epochs=1, batch_size=10, fabric=fabric, progress=False, compile=False)
+    return {
+        "mean": vi.guide.norm.running_mean.clone(),
+        "variance": vi.guide.norm.running_var.clone(),
+        "draws": vi.posterior(latent_rows(5), num_samples=3, seed=0)["z"],
+        "own rows": latent_rows(20)[slice(*Processes(fabric).bounds(20))],
+    }
+
+
 EAGER = {"seed": 7, "compile": False, "progress": False}
 
 
@@ -397,6 +429,7 @@ CHECKS = {
     "bounds": check_bounds,
     "skipping": check_skipping,
     "fits": check_fits,
+    "buffers": check_buffers,
     "resuming": check_resuming,
     "inference": check_inference,
     "refusals": check_refusals,

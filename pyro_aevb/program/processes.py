@@ -113,6 +113,14 @@ class Processes:
         with self.watching():
             return fabric.broadcast(value)
 
+    def follow_first(self, tensors: Sequence[Tensor]) -> None:
+        """Give tensors the values that they have in the first process."""
+        with self.watching(), torch.no_grad():
+            for tensor in tensors:
+                value = tensor.contiguous()
+                torch.distributed.broadcast(value, 0)
+                tensor.copy_(value)
+
     def total(self, *numbers: float | int) -> list[Any]:
         """Return sums over all processes, in float64."""
         if self.count == 1:

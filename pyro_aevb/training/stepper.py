@@ -166,7 +166,7 @@ class Stepper:
             loss, bound = self.wrapped(*batch.args, **batch.kwargs)
         self.optimizer.zero_grad()
         self._drop_other_gradients()
-        is_finite, bound = self._agree(loss, bound)
+        is_finite, bound, have_moved = self._agree(loss, bound, buffers)
         if is_finite:
             with self.processes.watching():
                 self.fabric.backward(loss)
@@ -178,6 +178,8 @@ class Stepper:
                     buffer.copy_(saved)  # a NaN would stay in BatchNorm's running statistics for good
             return None
         self.optimizer.step()
+        if have_moved:
+            self.processes.follow_first(self.buffers)
         return float(bound)
 
     def _drop_other_gradients(self) -> None:
@@ -187,14 +189,20 @@ class Stepper:
             if id(parameter) not in own:
                 parameter.grad = None
 
-    def _agree(self, loss: Tensor, bound: Tensor) -> tuple[bool, Tensor | float]:
-        """Tell whether the losses of all processes are finite, and their mean bound; ask whether any wants to stop."""
+    def _agree(self, loss: Tensor, bound: Tensor, buffers: list[Tensor]) -> tuple[bool, Tensor | float, bool]:
+        """Tell whether all processes' losses are finite, their mean bound, and whether any's buffers moved.
+
+        Also ask whether any wants to stop.
+        """
         is_finite, count = bool(torch.isfinite(loss)), self.processes.count
         if count == 1:
-            return is_finite, bound
-        num_bad, total, num_stopping = self.processes.total(not is_finite, float(bound), self.wants_stop())
+            return is_finite, bound, False
+        have_moved = not all(torch.equal(now, before) for now, before in zip(self.buffers, buffers, strict=True))
+        num_bad, total, num_stopping, num_moved = self.processes.total(
+            not is_finite, float(bound), self.wants_stop(), have_moved
+        )
         self.must_stop = num_stopping > 0
-        return num_bad == 0, total / count
+        return num_bad == 0, total / count, num_moved > 0
 
     def _check_reduced(self) -> None:
         """Refuse parameters without a gradient, whose processes wait for each other in vain or go apart."""

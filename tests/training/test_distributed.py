@@ -166,6 +166,14 @@ class TestFit:
         assert first["bounds"] == second["bounds"]
         assert not set(first["drawn"]) & set(second["drawn"])
 
+    def test_running_statistics_are_those_of_the_first_ones_rows_in_all(self, found):
+        first, second = (own["buffers"] for own in found)
+        rows = first["own rows"]  # all rows are one batch, which keeps their order
+        torch.testing.assert_close(first["mean"], 0.1 * rows.mean()[None])
+        torch.testing.assert_close(first["variance"], 0.9 + 0.1 * rows.var()[None])
+        for name in ("mean", "variance", "draws"):
+            assert torch.equal(first[name], second[name]), name
+
     def test_one_seed_gives_one_result(self, found):
         for own in found:
             assert own["fits"]["seed"]["bounds"] == own["fits"]["again"]["bounds"] != own["fits"]["no seed"]["bounds"]
