@@ -245,8 +245,18 @@ class Epochs:
             self._log({"step_bound": bound})
 
     def _log(self, numbers: dict[str, float]) -> None:
-        for logger in self.plan.loggers:
-            logger.log_metrics(numbers, step=self._num_batches)
+        for logger in tuple(self.plan.loggers):
+            with self._writing(logger):
+                logger.log_metrics(numbers, step=self._num_batches)
+
+    @contextmanager
+    def _writing(self, logger: Any) -> Iterator[None]:
+        """Go on without a logger that can't write, after one warning."""
+        try:
+            yield
+        except OSError as error:
+            self.plan.loggers.remove(logger)
+            warn_user(f"A logger could not write: {error}. The history is in the result.", AEVBWarning)
 
     def _end_epoch(self, bar: "tqdm[Any]") -> None:
         """Validate, record, step the schedule, call back, and see whether that was the last epoch."""
@@ -345,11 +355,9 @@ class Epochs:
         stepper.finish()
         result.seconds_per_step = self.place.all_seconds / max(1, self._num_batches)
         self.module.program.write_param_store()
-        for logger in self.plan.loggers:
-            try:
+        for logger in tuple(self.plan.loggers):
+            with self._writing(logger):
                 logger.finalize("success" if is_over else "failed")
-            except OSError as error:
-                warn_user(f"A logger could not write: {error}. The history is in the result.", AEVBWarning)
         if result.num_skipped:
             warn_user(
                 f"{result.num_skipped} of {self._num_batches} steps were skipped because the loss or its gradient was not finite.",

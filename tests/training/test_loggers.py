@@ -98,6 +98,30 @@ def test_a_logger_that_can_not_write_does_not_cost_the_fit(tmp_path):
     assert logger.status == "success"
 
 
+class Filling(CSVLogger):
+    """A logger whose disk is full from its second record on."""
+
+    num_records = 0
+
+    def log_metrics(self, metrics, step=None):
+        self.num_records += 1
+        if self.num_records > 1:
+            raise OSError("No space left on device")
+
+
+def test_nor_does_one_that_can_not_write_in_the_middle(tmp_path):
+    logger = Filling(tmp_path)
+    with pytest.warns(AEVBWarning) as told:
+        result = fitted(logger=[logger, "csv"], checkpoint=tmp_path)
+    assert [str(item.message) for item in told] == [
+        "A logger could not write: No space left on device. The history is in the result."
+    ]
+    assert len(result.history) == 2
+    assert logger.num_records == 2, "it was asked again"
+    (other,) = (tmp_path / "csv").rglob("metrics.csv")
+    assert "200" in other.read_text(encoding="utf-8")
+
+
 def test_a_logger_is_told_of_a_failure(tmp_path):
     def fail(event):
         raise RuntimeError("own")
