@@ -35,7 +35,6 @@ from pyro_aevb.training.preparation import build, check_size
 from pyro_aevb.training.saving import describe_program, restore
 from pyro_aevb.training.staged import Staging
 from pyro_aevb.training.stepper import Stepper, default_optimizer
-from pyro_aevb.training.streaming import stay_eager
 
 __all__ = ["AEVB"]
 
@@ -182,8 +181,7 @@ class AEVB:
         build(self._module, rows)
         check_size(self._module, None)
         self._keep_template(rows)
-        staging = stay_eager(Staging(compile=self.compile), is_growing=self._module.is_growing)
-        return Stepper(self._module, default_optimizer(learning_rate), staging=staging)
+        return Stepper(self._module, default_optimizer(learning_rate), staging=Staging(compile=self.compile))
 
     def posterior(self, *batch: Any, num_samples: int = 1000, **settings: Any) -> Values:
         """Draw the latents of rows, seen in training or not: :func:`pyro_aevb.prediction.posterior`.

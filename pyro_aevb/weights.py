@@ -91,7 +91,7 @@ class Terms:
 
     latents: tuple[LatentTerm, ...]
     observed: tuple[ObservedTerm, ...]
-    scale: float
+    scale: float | Tensor
     shape: tuple[int, int, int]
     like: Tensor
 
@@ -131,7 +131,7 @@ class LogWeights:
 
     local: LocalWeights
     global_: GlobalWeights
-    scale: float
+    scale: float | Tensor
 
     def elbo(self) -> "Bounds":
         """Average over particles and importance samples: the evidence lower bound (arXiv 1312.6114, Eq 6)."""
@@ -154,7 +154,7 @@ class Bounds:
 
     local: PerRow
     global_: Scalar
-    scale: float
+    scale: float | Tensor
 
     @property
     def total(self) -> Scalar:

@@ -274,8 +274,14 @@ def _auxiliary_term(q: SiteRecord) -> LatentTerm:
     return LatentTerm(q.name, q.is_local, q.value, log_p=zero, log_q=q.log_prob, kl=None, p=(), q=q.fns)
 
 
-def _data_scale(model: Records, guide: Records) -> float:
-    return next((site.data_scale for site in (*model.values(), *guide.values()) if site.data_scale is not None), 1.0)
+def _data_scale(model: Records, guide: Records) -> Tensor | float:
+    """Return the data plate's own scale; a recording's as precise as the densities that it multiplies."""
+    local = [site for site in (*model.values(), *guide.values()) if site.data_scale is not None]
+    scale = local[0].data_scale if local else None
+    if isinstance(scale, Tensor):
+        # torch.promote_types would be recorded as an operation
+        return scale.to(max((site.log_prob.dtype for site in local), key=lambda dtype: torch.finfo(dtype).bits))
+    return 1.0 if scale is None else scale
 
 
 def find_non_finite(

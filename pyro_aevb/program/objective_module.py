@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
@@ -45,6 +46,8 @@ class ObjectiveModule(nn.Module):
         # a hook that held this module would keep it alive in a cycle
         self.register_state_dict_pre_hook(lambda module, *_: module._check_built())
         self.objective_state = getattr(objective, "state", nn.Module())
+        # outside of buffers: no part of the state, and not converted with it
+        self._recorded_num_data: dict[torch.device, Tensor] = {}
         self.set_num_data(num_data)
         self.data_plate = data_plate
         self.shard: Shard | None = None
@@ -55,6 +58,29 @@ class ObjectiveModule(nn.Module):
         """Set the number of rows, or let it grow from none."""
         self.is_growing = num_data == "growing"
         self.num_data: int | None = None if num_data == "growing" else num_data
+
+    @property
+    def num_data(self) -> int | None:
+        """Rows of the whole data set, as far as they are known; a recorded graph reads them at each step."""
+        return self._num_data
+
+    @num_data.setter
+    def num_data(self, num_data: int | None) -> None:
+        self._num_data = num_data
+        for held in self._recorded_num_data.values():
+            held.fill_(num_data or 0)
+
+    def hold_num_data(self) -> None:
+        """Get ready to be recorded: the graph reads the number of rows from a tensor, where the parameters are.
+
+        Pyro's own losses get it as a number, which their graphs hold.
+        """
+        if self.num_data is None or not hasattr(self.objective, "evaluate"):
+            return
+        device = self._device
+        # numbers of rows are exact in float64, which Apple's GPUs lack
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._recorded_num_data.setdefault(device, torch.tensor(float(self.num_data), dtype=dtype, device=device))
 
     def count(self, rows: int) -> None:
         """Let the data set grow by rows that are seen, if it does."""
@@ -123,9 +149,10 @@ class ObjectiveModule(nn.Module):
             self.shard = None
 
     @property
-    def scaling(self) -> tuple[int | None, Shard | None]:
-        """What the scale of rows depends on beside the batch; a recorded graph holds it."""
-        return self.num_data, self.shard
+    def scaling(self) -> tuple[int | str | None, Shard | None]:
+        """What of the scale of rows a recorded graph holds, beside the batch: the number of rows only where it reads none."""
+        is_read = self.num_data is not None and bool(self._recorded_num_data)
+        return "read" if is_read else self.num_data, self.shard
 
     def held_out_bound(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the bound of rows that are not trained on, in nats per row.
@@ -153,7 +180,17 @@ class ObjectiveModule(nn.Module):
     def running(self) -> Any:
         """Run model and guide with this module's parameters and scale."""
         plate = self.structure.data_plate if self.structure else None
-        return self.program.running(DataPlateScale(plate, self.num_data, self.shard))
+        return self.program.running(DataPlateScale(plate, self._running_num_data(), self.shard))
+
+    def _running_num_data(self) -> int | Tensor | None:
+        """Return the number of rows, to a recording as the tensor that holds it."""
+        if self.num_data is None or not self._recorded_num_data or not torch.compiler.is_compiling():
+            return self.num_data
+        return self._recorded_num_data.get(self._device, self.num_data)
+
+    @property
+    def _device(self) -> torch.device:
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield every parameter.

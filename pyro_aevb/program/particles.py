@@ -88,7 +88,7 @@ class SiteRecord:
     is_auxiliary: bool
     mask: Tensor | bool
     scale: Tensor | float
-    data_scale: float | None
+    data_scale: Tensor | float | None
     reduce: Callable[[list[Tensor]], Tensor]
 
 
@@ -161,8 +161,7 @@ def _record(node: dict[str, Any], structure: Structure, axes: ParticleAxes) -> S
     frames = {frame.name: frame for frame in node["cond_indep_stack"]}
     data_frame = frames.get(structure.data_plate) if structure.data_plate is not None else None
     is_local = structure.data_plate is None or data_frame is not None
-    data_scale = data_frame.full_size / data_frame.size if data_frame is not None and data_frame.full_size else 1.0
-    scale = _other_scale(node["scale"], data_scale)
+    data_scale, scale = _scales(node["scale"], data_frame)
     mask = value_mask(node)
     rows = data_frame.size if data_frame is not None else 1
     data_dim = data_frame.dim if data_frame is not None else None
@@ -189,11 +188,15 @@ def _record(node: dict[str, Any], structure: Structure, axes: ParticleAxes) -> S
     )
 
 
-def _other_scale(scale: Tensor | float, data_scale: float) -> Tensor | float:
-    """Take the data plate's own scale out of a site's scale."""
+def _scales(scale: Tensor | float, data_frame: Any) -> tuple[Tensor | float, Tensor | float]:
+    """Return the data plate's own scale, and what is left of a site's scale without it."""
+    full_size = None if data_frame is None else data_frame.full_size
+    if isinstance(full_size, Tensor):  # of a recording: the site's scale is without it (DataPlateScale)
+        return full_size / data_frame.size, scale
+    data_scale = full_size / data_frame.size if full_size else 1.0
     if isinstance(scale, Tensor):
-        return scale / data_scale
-    return 1.0 if scale == data_scale else scale / data_scale
+        return data_scale, scale / data_scale
+    return data_scale, 1.0 if scale == data_scale else scale / data_scale
 
 
 def _to_rows(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
+from torch import Tensor
 
 __all__ = ["DataPlateScale", "Shard"]
 
@@ -42,11 +43,12 @@ class DataPlateScale(Messenger):
 
     Args:
         data_plate: Name of the plate whose indices are rows; ``None`` leaves everything alone.
-        num_data: Rows of the whole data set; ``None`` leaves everything alone.
+        num_data: Rows of the whole data set; ``None`` leaves everything alone. As a tensor, which a recording reads, it gets into
+            the plate's frame alone: whoever weighs a site finds there that its own scale is without it.
         shard: The rows of this process in a batch that several share; ``None`` for a batch of its own.
     """
 
-    def __init__(self, data_plate: str | None, num_data: int | None, shard: Shard | None = None) -> None:
+    def __init__(self, data_plate: str | None, num_data: int | Tensor | None, shard: Shard | None = None) -> None:
         super().__init__()
         self.data_plate = data_plate
         self.num_data = num_data
@@ -63,16 +65,21 @@ class DataPlateScale(Messenger):
             if own != frame.size and self.shard is None:
                 continue
             represented: Any = self._represented(own if own != frame.size else None)
-            message["scale"] = message["scale"] * (represented / own)
+            if not isinstance(represented, Tensor):
+                message["scale"] = message["scale"] * (represented / own)
             message["cond_indep_stack"] = (*stack[:index], frame._replace(full_size=represented), *stack[index + 1 :])
             if self.shard is not None and self.shard.rows == 0:
                 _mask(message)
 
-    def _represented(self, full_size: int | None) -> float | int:
+    def _represented(self, full_size: int | None) -> float | int | Tensor:
         """Return how many rows of the data set the plate's rows stand for."""
+        # a recording can't ask a tensor whether it is 0
+        num_data = self.num_data if isinstance(self.num_data, Tensor) else self.num_data or 0
         if self.shard is None:
-            return self.num_data or 0
-        return (full_size or self.num_data or self.shard.batch_rows) * self.shard.share
+            return num_data
+        if isinstance(num_data, Tensor) and not full_size:
+            return num_data * self.shard.share
+        return (full_size or num_data or self.shard.batch_rows) * self.shard.share
 
 
 def _mask(message: Message) -> None:

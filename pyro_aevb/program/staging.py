@@ -83,6 +83,9 @@ def record(module: nn.Module, *inputs: Any, **named: Any) -> nn.Module:
             module,
             f"modules of types {hooked} have hooks, which a graph does not call; remove them, or call what they do",
         )
+    for part in module.modules():
+        if isinstance(part, ObjectiveModule):
+            part.hold_num_data()
     args, kwargs = _copied(inputs, named)
     try:
         graph = export(module, *args, **kwargs)

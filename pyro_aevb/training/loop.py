@@ -31,7 +31,6 @@ from pyro_aevb.training.result import EpochEnd, FitResult
 from pyro_aevb.training.sharding import share
 from pyro_aevb.training.staged import Staging
 from pyro_aevb.training.stepper import OptimizerMaker, Stepper, default_optimizer
-from pyro_aevb.training.streaming import GrowingSource, stay_eager
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -194,7 +193,6 @@ def fit_module(
         make = optimizer or default_optimizer(learning_rate or 1e-3)
         steps = source.num_batches()
         staging = Staging(compile=compile, num_steps=None if steps is None else steps * num_epochs)
-        stay_eager(staging, is_growing=isinstance(source, GrowingSource))
         stepper = Stepper(module, make, clip_norm=clip_norm, fabric=fabric, max_skipped=max_skipped, staging=staging)
         stepper.checks_supports = source.whole() is None
         plan = Plan(num_epochs, patience, callbacks, progress, every, [*stepper.fabric.loggers, *loggers])

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from pyro_aevb.errors import DataError, SettingError, StagingWarning, warn_user
+from pyro_aevb.errors import DataError, SettingError
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.training.batches import Batch, BatchSource, as_batch, check_lengths, check_skip
-from pyro_aevb.training.staged import Staging
 
-__all__ = ["GrowingSource", "IteratorSource", "filled", "stay_eager"]
+__all__ = ["GrowingSource", "IteratorSource", "filled"]
 
 
 def filled(items: Iterable[Any]) -> Iterator[Batch]:
@@ -25,21 +24,6 @@ def filled(items: Iterable[Any]) -> Iterator[Batch]:
         check_lengths(batch)
         if batch.rows:
             yield batch
-
-
-def stay_eager(staging: Staging, *, is_growing: bool) -> Staging:
-    """Decide that steps on a growing data set run eagerly: a compiled one holds the number of rows, which changes at each.
-
-    Args:
-        staging: The decision; one that was asked for is refused by a warning.
-        is_growing: Whether the data set grows.
-    """
-    if is_growing and staging.compile is not False:
-        reason = "num_data='growing' gives each step another number of rows, which a compiled one would hold"
-        staging.decision = f"eager: {reason}"
-        if staging.compile is True:
-            warn_user(f"Steps run eagerly: {reason}. Give num_data= or effective_num_data= to compile.", StagingWarning)
-    return staging
 
 
 class IteratorSource(BatchSource):

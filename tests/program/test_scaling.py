@@ -6,10 +6,13 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from staged_programs import OBJECTIVES, PROGRAMS
 
 from pyro_aevb import SGVB
 from pyro_aevb.program.objective_module import ObjectiveModule
-from pyro_aevb.program.scaling import DataPlateScale
+from pyro_aevb.program.scaling import DataPlateScale, Shard
+from pyro_aevb.program.staging import record
+from pyro_aevb.training.staged import StagedLoss
 
 NUM_DATA = 20
 X = torch.linspace(-2.0, 2.0, NUM_DATA, dtype=torch.float64)
@@ -107,6 +110,49 @@ def test_a_model_that_draws_its_own_rows_has_its_scale(objective):
     standard_error = bounds.std() / len(bounds) ** 0.5
     assert abs(bounds.mean() - exact) < 4 * standard_error
     assert standard_error < 0.1 * abs(exact)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+@pytest.mark.parametrize(
+    ("dtype", "shard"), [(torch.float32, None), (torch.float64, None), (torch.float64, Shard(6, 10, 2))]
+)
+def test_a_recording_reads_the_number_of_rows(objective, dtype, shard):
+    """As exactly as an eager run has it: N / M of float64 in a float64 model."""
+    torch.set_default_dtype(dtype)
+    model, guide = PROGRAMS["nn.Module"]()
+    x = torch.randn(6, 4)
+    module = ObjectiveModule(model, guide, objective(), num_data=60).build(x)
+    loss = StagedLoss(module)
+    with module.sharing(shard):
+        graph = record(loss, x)
+    assert graph is not loss
+    for num_data in (60, 61, 10**9 + 7):
+        module.num_data = num_data
+        found = []
+        for run in (loss, graph):
+            pyro.set_rng_seed(1)
+            with module.sharing(shard):
+                found.append(torch.stack(run(x)).detach())
+        torch.testing.assert_close(found[1], found[0], rtol=4 * torch.finfo(dtype).eps, atol=0.0)
+
+
+def test_a_recording_reads_it_after_others_were_made_elsewhere():
+    model, guide = PROGRAMS["nn.Module"]()
+    x = torch.randn(6, 4)
+    module = ObjectiveModule(model, guide, SGVB(), num_data=60).build(x)
+    graph = record(module, x)
+    module.to("meta")
+    module.hold_num_data()
+    module.num_data = 600
+    assert [item.item() for item in graph.meta["outside"]] == [600.0]
+
+
+def test_the_tensor_that_a_recording_reads_is_no_state():
+    model, guide = PROGRAMS["nn.Module"]()
+    module = ObjectiveModule(model, guide, SGVB(), num_data=60).build(torch.randn(6, 4))
+    before, buffers = list(module.state_dict()), len(list(module.buffers()))
+    record(module, torch.randn(6, 4))
+    assert (list(module.state_dict()), len(list(module.buffers()))) == (before, buffers)
 
 
 @pytest.mark.parametrize(("data_plate", "num_data"), [(None, NUM_DATA), ("data", None), ("other", NUM_DATA)])

@@ -475,6 +475,7 @@ class TestChanges:
             module.train()
             module.num_data = 600
         assert_same_steps(eager, compiled, batches)
+        assert compiled.execution.endswith("4 of 6 steps")  # all but those in the other mode
 
     def test_conversions_of_precision_stay_eager(self):
         from lightning_fabric import Fabric

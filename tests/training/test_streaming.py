@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from pyro_aevb import AEVB, SGVB, fit
-from pyro_aevb.errors import DataError, SettingError, StagingWarning
+from pyro_aevb.errors import DataError, SettingError
 from pyro_aevb.testing import LinearGaussian, NormalNormal
+from pyro_aevb.training import whole_step
 
 X = torch.randn(30, generator=torch.Generator().manual_seed(0))
 EXACT = NormalNormal()
@@ -195,21 +196,47 @@ class TestNumberOfRows:
         assert vi.module.num_data == 37
 
     @pytest.mark.parametrize("step", ["fit", "partial_fit"])
-    def test_a_growing_one_is_not_compiled(self, step):
-        """A compiled step would hold one number of rows and be of use for no other step."""
-        vi = AEVB(EXACT.model, Guide(), num_data="growing", compile=True)
-
-        def run():
+    def test_a_growing_one_runs_in_one_graph(self, step, monkeypatch):
+        """The graph reads the number of rows at each step: numbers are those of eager steps, and no other graph is made."""
+        monkeypatch.setattr(whole_step, "compile_graph", lambda graph, *tensors: torch.no_grad()(graph))
+        torch.set_default_dtype(torch.float64)
+        batches = X.double().repeat(4).split(10)
+        found = []
+        for is_compiled in (False, True):
+            vi = AEVB(EXACT.model, Guide(), num_data="growing", compile=is_compiled)
             if step == "fit":
-                return vi.fit(iter(X.split(10)), progress=False).execution
-            for batch in X.split(10):
-                vi.partial_fit(batch)
-            return vi._stepper.execution
+                bounds = vi.fit(iter(batches), seed=0, learning_rate=0.05, progress=False).history[-1]["bound"]
+                execution = vi.result.execution
+            else:
+                bounds = [vi.partial_fit(rows, learning_rate=0.05, seed=i) for i, rows in enumerate(batches)]
+                execution = vi._stepper.execution
+            assert vi.module.num_data == 120
+            found.append((bounds, [item.detach() for item in vi.guide.parameters()]))
+        assert execution.endswith("operations, 12 of 12 steps")
+        assert found[1][0] == pytest.approx(found[0][0], rel=1e-12)
+        for eager, compiled in zip(found[0][1], found[1][1], strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
 
-        with pytest.warns(StagingWarning, match=r"run eagerly: num_data='growing'.*effective_num_data=") as told:
-            execution = run()
-        assert len(told) == 1
-        assert execution.startswith("eager: num_data='growing'")
+    def test_machine_code_reads_a_growing_one(self):
+        found = []
+        for is_compiled in (False, True):
+            vi = AEVB(EXACT.model, Guide(), num_data="growing", compile=is_compiled)
+            found.append([vi.partial_fit(rows, learning_rate=0.05, seed=0) for rows in X.split(10)])
+        assert vi._stepper.execution.endswith("operations, 3 of 3 steps")
+        assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+    def test_machine_code_of_loss_and_gradient_reads_it_too(self):
+        """With an optimizer of which no whole step is made."""
+        found = []
+        for is_compiled in (False, True):
+            guide = Guide()
+            make = lambda parameters: torch.optim.SGD(parameters, lr=1e-3)  # noqa: E731
+            settings = {"compile": is_compiled, "optimizer": make, "seed": 0, "progress": False}
+            result = fit(EXACT.model, guide, SGVB(), iter(X.split(10)), num_data="growing", **settings)
+            found.append(state(guide))
+        assert result.execution.startswith("compiled: loss and gradient")
+        for eager, compiled in zip(*found, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("setting", ["auto", False])
     def test_nobody_is_warned_who_did_not_ask_for_compiling(self, setting):
