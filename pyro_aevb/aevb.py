@@ -181,7 +181,8 @@ class AEVB:
         build(self._module, rows)
         check_size(self._module, None)
         self._keep_template(rows)
-        return Stepper(self._module, default_optimizer(learning_rate), staging=Staging(compile=self.compile))
+        staging = Staging(compile=self.compile, renews=True)
+        return Stepper(self._module, default_optimizer(learning_rate), staging=staging)
 
     def posterior(self, *batch: Any, num_samples: int = 1000, **settings: Any) -> Values:
         """Draw the latents of rows, seen in training or not: :func:`pyro_aevb.prediction.posterior`.

@@ -25,6 +25,12 @@ from pyro_aevb.training.whole_step import WholeStep, can_be_whole
 
 __all__ = ["StagedLoss", "Staging"]
 
+_STEPS_TO_LAST = 20
+"""Steps that a changed state of modules has to last before it is recorded."""
+
+_MOST_CHANGES = 10
+"""Changed states of modules after which no other is recorded: the next one will not last either."""
+
 
 class StagedLoss(nn.Module):
     """Loss and bound per row of a batch: by the module, or by what was compiled of it for a batch of that shape.
@@ -73,6 +79,7 @@ class Staging:
     Args:
         compile: Whether to; ``"auto"`` where it repays over the steps ahead.
         num_steps: Steps ahead; ``None`` where nobody knows.
+        renews: Whether to record anew where modules have changed for good; a fit that may be continued does not.
         announce: Is told what is going on while it compiles.
 
     Attributes:
@@ -86,12 +93,15 @@ class Staging:
         *,
         compile: Compile,  # noqa: A002  torch's own word
         num_steps: int | None = None,
+        renews: bool = False,
         announce: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.compile, self.num_steps, self.announce = compile, num_steps, announce
         self.seconds = 0.0
         self.recorded_on: list[Any] | None = None
         self._graph: Any = None
+        self._renews, self._num_changes, self._num_lasted = renews, 0, 0
+        self._changed: Unchanged | None = None
         self.decision = "eager: compile=False" if compile is False else ""
         if compile == "auto" and (num_steps is None or num_steps < FEWEST_STEPS):
             ahead = "an unknown number of" if num_steps is None else f"{num_steps:,}"
@@ -140,6 +150,61 @@ class Staging:
             raise
         finally:
             self.seconds = time.perf_counter() - start
+
+    def is_outlived(self, loss: StagedLoss, batch: Batch) -> bool:
+        """Tell whether the modules' state is another than the recorded one, and has lasted; ask once a step.
+
+        States that do not last are no reason to record, and after many of them a warning says that none will be.
+        """
+        if not self._renews or self._graph is None:
+            return False
+        if loss.holds:
+            self._changed = None
+            return False
+        if self._changed is None or not self._changed.holds:
+            self._changed, self._num_lasted = Unchanged([loss.module]), 0
+            self._num_changes += 1
+        if self._num_changes > _MOST_CHANGES:
+            self._renews = False
+            reason = f"model and guide have changed {self._num_changes} times since they were recorded, and are not recorded again"
+            warn_user(f"Steps run eagerly: {reason}. The numbers are the same, steps are slower.", StagingWarning)
+            return False
+        self._num_lasted += 1
+        return self._num_lasted > _STEPS_TO_LAST and _shapes(describe(batch)) == _shapes(self.recorded_on)
+
+    def renew(
+        self,
+        loss: StagedLoss,
+        optimizer: Optimizer | None,
+        batch: Batch,
+        clip_norm: float | None,
+        whole: WholeStep | None,
+    ) -> WholeStep | None:
+        """Record and compile the modules as they are now; where that fails keep what there is, for when they are as they were.
+
+        Args:
+            loss: As in :meth:`stage`.
+            optimizer: As in :meth:`stage`.
+            batch: As in :meth:`stage`.
+            clip_norm: As in :meth:`stage`.
+            whole: The whole step until now.
+
+        Returns:
+            The whole step from now on, if there is one.
+        """
+        kept = self._graph, self.decision, self.recorded_on
+        held = loss.compiled, loss.signature, loss._taken_for_granted
+        self._changed, loss.compiled = None, None
+        is_compiled = False
+        try:
+            found = self.stage(loss, optimizer, batch, clip_norm)
+            is_compiled = self.decision.startswith("compiled")
+        finally:
+            if not is_compiled:
+                self._renews = False
+                self._graph, self.decision, self.recorded_on = kept
+                loss.compiled, loss.signature, loss._taken_for_granted = held
+        return found if is_compiled else whole
 
     def is_stale(self, loss: StagedLoss, batch: Batch) -> bool:
         """Compare the recorded run with an eager one again, and give up on any difference: Python numbers may have changed."""
@@ -198,3 +263,8 @@ class Staging:
         """Run eagerly, and say why."""
         self.decision = f"eager: {reason}"
         warn_user(f"Steps run eagerly: {reason}. The numbers are the same, steps are slower.", StagingWarning)
+
+
+def _shapes(description: list[Any] | None) -> list[Any]:
+    """Return the shapes of a batch's tensors, by name; types change with the modules' own."""
+    return [(name, shape) for name, _, shape in description or []]

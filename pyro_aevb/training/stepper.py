@@ -92,6 +92,7 @@ class Stepper:
         self._whole: WholeStep | None = None
         self._num_whole = 0
         self._num_unchecked = 0
+        self._places = _places(self.parameters)
 
     def step(self, batch: Batch) -> float:
         """Take one step and return the bound in nats per row; NaN if the step was skipped.
@@ -120,6 +121,9 @@ class Stepper:
             self._whole = self.staging.stage(self.loss, self._plain, batch, self.clip_norm)
             # a learning-rate schedule looks for this, and warns that it came before the first step
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        elif self.staging.is_outlived(self.loss, batch):
+            self.finish()
+            self._whole = self.staging.renew(self.loss, self._plain, batch, self.clip_norm, self._whole)
         self._num_unchecked += 1
         if self._num_unchecked > self.check_every:
             self._check(batch)
@@ -177,10 +181,17 @@ class Stepper:
                 for buffer, saved in zip(self.buffers, buffers, strict=True):
                     buffer.copy_(saved)  # a NaN would stay in BatchNorm's running statistics for good
             return None
+        self._follow_parameters()
         self.optimizer.step()
         if have_moved:
             self.processes.follow_first(self.buffers)
         return float(bound)
+
+    def _follow_parameters(self) -> None:
+        """Give the optimizer's state the type and device of parameters that were converted or moved since the last step."""
+        if (places := _places(self.parameters)) != self._places:
+            self._places, optimizer = places, _plain(self.optimizer)
+            optimizer.load_state_dict(optimizer.state_dict())  # converts what it loads
 
     def _drop_other_gradients(self) -> None:
         """Drop gradients of parameters that are not the optimizer's, which would add up from step to step."""
@@ -302,6 +313,10 @@ def _lay_out(optimizer: Optimizer) -> None:
             is_like = isinstance(value, Tensor) and value.shape == parameter.shape
             if is_like and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _places(parameters: list[nn.Parameter]) -> list[tuple[torch.dtype, torch.device]]:
+    return [(parameter.dtype, parameter.device) for parameter in parameters]
 
 
 def _plain(optimizer: Any) -> Optimizer:

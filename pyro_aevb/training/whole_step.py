@@ -35,8 +35,8 @@ _held_settings = itemgetter("betas", "eps", "weight_decay", *_UNUSUAL)
 def can_be_whole(graph: nn.Module, optimizer: Optimizer) -> bool:
     """Tell whether a whole step knows the optimizer, torch's Adam in its usual form, of everything that a graph trains.
 
-    A whole step works on real tensors without gaps between their entries. Parameters that get a gradient and are not the
-    optimizer's count in the gradient's norm, which would have to be computed for that alone.
+    A whole step works on real tensors without gaps between their entries, and trains all that the optimizer has. Parameters that
+    get a gradient and are not the optimizer's count in the gradient's norm, which would have to be computed for that alone.
     """
     if type(optimizer) is not Adam or len(optimizer.param_groups) != 1:
         return False
@@ -45,6 +45,7 @@ def can_be_whole(graph: nn.Module, optimizer: Optimizer) -> bool:
     return (
         not any(settings.get(name) for name in (*_UNUSUAL, "decoupled_weight_decay"))
         and not _has_hooks(optimizer)
+        and all(item.requires_grad for item in settings["params"])
         and all(id(item) in own for item in graph.parameters() if item.requires_grad)
         and all(
             torch.empty_like(item).stride() == item.stride() and not item.is_complex()
