@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     callbacks: Sequence[Callable[[EpochEnd], bool | None]]
     progress: bool
     every: int | None
-    loggers: "Sequence[Logger]"
+    loggers: "list[Logger]"
 
 
 class Epochs:
