@@ -47,7 +47,7 @@ def run(*, quick: bool) -> Result:
         "spread: the middle half and all rounds.",
         rows=_table(Measured(times, size)),
         notes=(
-            "Parameters, Adam's two averages and the generators are written, flushed to disk, renamed, all between two steps.",
+            "Parameters, Adam's two averages and the generators are written between two steps; a thread flushes them to disk.",
         ),
     )
 

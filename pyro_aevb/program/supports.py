@@ -26,6 +26,8 @@ __all__ = ["BatchSupports", "Inside", "check_supports"]
 _SHOWN = 5
 """Rows that a message lists."""
 _ROWS_PER_RUN = 10_000
+_FEW_ROWS = 100
+"""Rows that tell which arguments a model observes as they are."""
 
 
 def check_supports(model: PyroProgram, structure: Structure, args: Args, kwargs: Kwargs) -> None:
@@ -43,15 +45,37 @@ def check_supports(model: PyroProgram, structure: Structure, args: Args, kwargs:
     Raises:
         DataError: Naming the site and the first such rows.
     """
-    if not _is_restricted(structure):
-        return
     count = batch_rows(args, kwargs) or 1
+    if not _is_restricted(structure) or (count > _FEW_ROWS and _is_clear(model, structure, args, kwargs)):
+        return
     size = count if structure.data_plate is None else _ROWS_PER_RUN
     for start in range(0, count, size):
         inside = Inside(structure.data_dim, start)
         part = (args, kwargs) if size >= count else take_rows(args, kwargs, slice(start, start + size))
         if not _run(model, inside, *part):
             return  # runs that follow say what is wrong
+
+
+def _is_clear(model: PyroProgram, structure: Structure, args: Args, kwargs: Kwargs) -> bool:
+    """Tell from a run of a few rows, and a look at the arguments that it observes, that nothing in any row is outside."""
+    if structure.data_plate is None:
+        return False
+    few, inside = take_rows(args, kwargs, slice(0, _FEW_ROWS)), Inside(structure.data_dim, 0)
+    try:
+        observed = inside.find_arguments(_by_name(*few)) if _run(model, inside, *few) else None
+    except DataError:
+        return False
+    return observed is not None and _hold(_by_name(args, kwargs), observed)
+
+
+def _by_name(args: Args, kwargs: Kwargs) -> dict[int | str, Any]:
+    return dict([*enumerate(args), *kwargs.items()])
+
+
+def _hold(arguments: Mapping[int | str, Any], observed: list[tuple[int | str, Constraint]]) -> bool:
+    """Tell whether arguments lie inside of the supports that they are observed under."""
+    values = [(arguments.get(name), support) for name, support in observed]
+    return all(isinstance(value, Tensor) and bool(support.check(value).all()) for value, support in values)
 
 
 def _is_restricted(structure: Structure) -> bool:
@@ -91,7 +115,8 @@ class BatchSupports:
     def __init__(self, model: PyroProgram, structure: Structure) -> None:
         self.model, self.structure = model, structure
         self._is_needed = _is_restricted(structure)
-        self._direct: list[tuple[int | str, Constraint]] | None = None
+        self._has_run = False
+        self._observed: list[tuple[int | str, Constraint]] | None = None
 
     def check(self, args: Args, kwargs: Kwargs) -> None:
         """Refuse a batch with data outside a support.
@@ -101,17 +126,13 @@ class BatchSupports:
         """
         if not self._is_needed:
             return
-        named: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
-        if self._direct is None:
+        named = _by_name(args, kwargs)
+        if not self._has_run:
             inside = Inside(self.structure.data_dim, 0)
             if _run(self.model, inside, args, kwargs):
-                self._direct = inside.find_arguments(named)
-        elif not self._direct or not all(self._holds(named.get(name), support) for name, support in self._direct):
+                self._has_run, self._observed = True, inside.find_arguments(named)
+        elif self._observed is None or not _hold(named, self._observed):
             check_supports(self.model, self.structure, args, kwargs)
-
-    @staticmethod
-    def _holds(value: Any, support: Constraint) -> bool:
-        return isinstance(value, Tensor) and bool(support.check(value).all())
 
 
 def _takes_all(support: Constraint) -> bool:
@@ -163,14 +184,14 @@ class Inside(Messenger):
                 site=message["name"],
             )
 
-    def find_arguments(self, arguments: Mapping[Any, Any]) -> list[tuple[int | str, Constraint]]:
-        """Return the arguments that were observed as they are, with constant supports; nothing if anything else was too."""
+    def find_arguments(self, arguments: Mapping[Any, Any]) -> list[tuple[int | str, Constraint]] | None:
+        """Return the arguments that were observed as they are, with constant supports; ``None`` if anything else was too."""
         found = [
             (next((name for name, item in arguments.items() if item is value), None), support, is_constant)
             for value, support, is_constant in self._observed
         ]
         named = [(name, support) for name, support, is_constant in found if name is not None and is_constant]
-        return named if len(named) == len(found) else []
+        return named if len(named) == len(found) else None
 
     def _where(self, outside: Tensor, fn: SiteDistribution) -> str:
         """List the first rows."""

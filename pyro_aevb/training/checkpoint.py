@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from filelock import FileLock, Timeout
 from pyro_aevb.errors import FileError, SettingError
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.training.batches import Batch, describe
-from pyro_aevb.training.files import Contents, read_file, write_file
+from pyro_aevb.training.files import Contents, draft_file, publish_file, read_file
 from pyro_aevb.training.packing import pack, unpack
 from pyro_aevb.training.saving import FIT, describe_program, explain_difference, load_tensors
 
@@ -35,6 +36,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, *, keep: int, resume: bool) -> None:
         self.folder, self.keep = Path(folder), keep
+        self._pending: Future[None] | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -72,8 +74,10 @@ class Checkpoints:
     def locked(self) -> Iterator[None]:
         """Keep the folder from other fits inside the block; the lock of a process that is gone is none.
 
+        When the block is left, all that was written in it is on disk.
+
         Raises:
-            FileError: If another fit holds it.
+            FileError: If another fit holds it, or the last checkpoint can't be written.
         """
         lock = FileLock(self.folder / ".lock", timeout=0)
         try:
@@ -84,24 +88,45 @@ class Checkpoints:
             ) from error
         try:
             yield
+            self._finish()
         finally:
+            with suppress(FileError):  # of a block that something else has ended
+                self._finish()
             lock.release()
 
     def write(self, number: int, contents: Contents) -> None:
         """Write the checkpoint after so many batches, then delete what is older than the last few.
 
+        Training may go on at once: a thread waits for the disk. A checkpoint is there for others once it is all on disk.
+
         Raises:
-            FileError: If it can't be written; those that are there stay.
+            FileError: If it can't be written, or the one before couldn't; those that are there stay.
         """
-        write_file(self.folder / f"step-{number:09d}.safetensors", contents)
+        self._write(f"step-{number:09d}.safetensors", contents)
+
+    def write_best(self, contents: Contents) -> None:
+        """Write the checkpoint of the best validation bound, as :meth:`write` does."""
+        self._write(_BEST, contents)
+
+    def _write(self, name: str, contents: Contents) -> None:
+        self._finish()
+        draft = draft_file(self.folder / name, contents)
+        thread = ThreadPoolExecutor(1)
+        self._pending = thread.submit(self._publish, draft, name)
+        thread.shutdown(wait=False)  # it ends with its work
+
+    def _publish(self, draft: Path, name: str) -> None:
+        publish_file(draft, self.folder / name)
         # beside the oldest, what a process that was killed while writing left behind: no other is running
         for path in (*sorted(self.folder.glob(_PATTERN))[: -self.keep], *self.folder.glob(".*.safetensors.*")):
             with suppress(OSError):  # a file that another program has open stays until the next time
                 path.unlink()
 
-    def write_best(self, contents: Contents) -> None:
-        """Write the checkpoint of the best validation bound."""
-        write_file(self.folder / _BEST, contents)
+    def _finish(self) -> None:
+        """Wait until what was written last is on disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 def collect(module: ObjectiveModule, state: dict[str, Any]) -> Contents:

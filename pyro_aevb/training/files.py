@@ -4,7 +4,8 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pyro_aevb.errors import FileError
 
-__all__ = ["FORMAT", "Contents", "read_file", "write_file"]
+__all__ = ["FORMAT", "Contents", "draft_file", "publish_file", "read_file", "write_file"]
 
 FORMAT = 2
 """Version of the file's layout; 2 brought the checksum."""
@@ -44,24 +45,52 @@ def write_file(path: str | Path, contents: Contents) -> None:
     Raises:
         FileError: If the file can't be written, for want of room or rights; an old file is left as it was.
     """
+    publish_file(draft_file(path, contents), path)
+
+
+def draft_file(path: str | Path, contents: Contents) -> Path:
+    """Write the temporary file, after which the contents may change.
+
+    Raises:
+        FileError: As of :func:`write_file`.
+    """
     target = Path(path)
     tensors = _separate(contents.tensors)
     text = _as_json(target, contents.header)
     metadata = {_KEY: text, _CHECKSUM: _checksum(text, tensors)}
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        with temporary.open("rb+") as file:
+    draft = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
+    with _explained(draft, target):
+        save_file(tensors, draft, metadata=metadata)
+    return draft
+
+
+def publish_file(draft: Path, path: str | Path) -> None:
+    """Flush the temporary file to disk and put it in the target's place.
+
+    Raises:
+        FileError: As of :func:`write_file`.
+    """
+    target = Path(path)
+    with _explained(draft, target):
+        with draft.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(target)
+        draft.replace(target)
         _flush_folder(target.parent)
-    except (OSError, SafetensorError, KeyError) as error:
+
+
+@contextmanager
+def _explained(draft: Path, target: Path) -> Iterator[None]:
+    """Say what could not be written, and leave nothing of it."""
+    try:
+        yield
+    except BaseException as error:
+        draft.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, SafetensorError, KeyError)):
+            raise
         raise FileError(
             f"Could not write {target}: {error}. A file that was there is unchanged, and what was to be saved is still in memory. "
             f"Make room, or give another folder."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_file(path: str | Path) -> Contents:
