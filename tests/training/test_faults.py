@@ -174,6 +174,15 @@ class TestKilled:
         assert not list(tmp_path.glob(".step-*"))  # what was left over is gone
 
 
+@pytest.fixture
+def heard():
+    """Let Ctrl-C be heard, also where the tests were started in the background by a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 class TestSignals:
     def test_sigterm_writes_a_checkpoint_and_says_so(self, undisturbed, tmp_path):
         child, pipe = started(tmp_path, every=1000)
