@@ -138,12 +138,14 @@ def reconstruct(
 ) -> Values:
     """Return the mean of the likelihood at the embedding, E[x | z = median of q(z | x)].
 
+    Rows are read by the encoder alone: holes may be filled with means that no draw could be.
+
     Returns:
         ``{observed site: [rows, ...]}``; a draw under a fixed seed for families without a mean.
     """
     check_covariates(covariates, reconstruct)
     with inferring(0, model, guide):
-        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, Processes(fabric)).checked(), 1)
+        draw = _Draws(Rows(model, guide, batch, covariates, data_plate, Processes(fabric)), 1)
         return _without_draws(draw.run(draw.means, None, progress=False))
 
 
