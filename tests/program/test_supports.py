@@ -194,3 +194,33 @@ def test_a_failure_behind_data_that_are_outside_does_not_hide_them():
     check_supports(fails, structure, (X,), {})  # runs that follow say what is wrong
     with pytest.raises(DataError, match=OUTSIDE):
         check_supports(fails, structure, (SEVEN,), {})
+
+
+class TestManyRows:
+    """A few rows tell what a model observes; all of them are held against its supports."""
+
+    @pytest.mark.parametrize("change", [lambda x: x, lambda x: 1 - x], ids=["as they are", "computed"])
+    @pytest.mark.parametrize("row", [33, 250, 12_345])
+    def test_one_outside_is_named(self, change, row):
+        x = torch.zeros(12_400, 3)
+        structure = read_structure(model, (x[:9],))
+        check_supports(lambda x: model(change(x)), structure, (x,), {})
+        x[row, 1] = 7.0
+        with pytest.raises(DataError, match=rf"in rows \[{row}\]"):
+            check_supports(lambda x: model(change(x)), structure, (x,), {})
+
+    def test_likelihoods_that_check_nothing_run_on_few(self):
+        lengths = []
+
+        def grey(x):
+            lengths.append(len(x))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pixels = dist.Bernoulli(logits=z[..., None].expand(*z.shape, 3), validate_args=False)
+                pyro.sample("x", pixels.to_event(1), obs=x)
+
+        x = torch.rand(300, 3)
+        structure = read_structure(grey, (x[:9],))
+        lengths.clear()
+        check_supports(grey, structure, (x,), {})
+        assert lengths == [100]

@@ -364,6 +364,24 @@ class TestDamage:
             fitted(checkpoint=tmp_path, resume=True)
 
 
+class TestPublishing:
+    """What the thread that waits for the disk can't write: a folder stands where the file should be."""
+
+    def fitted_with_a_folder_at(self, number, tmp_path):
+        place = tmp_path / f"step-{number:09d}.safetensors"
+        return fitted(checkpoint=tmp_path, after_step=lambda: place.mkdir(exist_ok=True))
+
+    def test_is_told_at_the_next_checkpoint(self, tmp_path):
+        with pytest.raises(FileError, match=r"Could not write .*step-000000020"):
+            self.fitted_with_a_folder_at(20, tmp_path)
+        assert [path.name for path in tmp_path.glob("step-*") if path.is_file()] == ["step-000000010.safetensors"]
+        assert not list(tmp_path.glob(".step-*"))
+
+    def test_is_told_at_the_end(self, tmp_path):
+        with pytest.raises(FileError, match=r"Could not write .*step-000000040"):
+            self.fitted_with_a_folder_at(40, tmp_path)
+
+
 class DyingDataset(TensorDataset):
     def __getitem__(self, index):
         if torch.utils.data.get_worker_info() is not None and index == 60:
