@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_aevb._types import PyroProgram, Values
 from pyro_aevb.diagnostics.report import TrustReport, trust_report
-from pyro_aevb.errors import SettingError
+from pyro_aevb.errors import FileError, SettingError
 from pyro_aevb.evidence.marginal import find_method, log_marginal
 from pyro_aevb.evidence.result import LogMarginal
 from pyro_aevb.guides.normal import AutoAmortizedNormal
@@ -324,6 +324,10 @@ class AEVB:
         """
         contents = read_file(path)
         header = contents.header
+        if "guide" not in header:
+            raise FileError(
+                f"{path} holds no program of AEVB: MonteCarloEM.fit continues its checkpoints with resume=True."
+            )
         guide = read_guide(header["guide"], model, guide, encoder)
         if objective is None and header["objective"] is not None:
             name, settings = header["objective"]

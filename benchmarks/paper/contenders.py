@@ -2,21 +2,18 @@
 
 import math
 import sys
-import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from torch import nn
-from torch.optim import Adagrad, Optimizer
-
-from benchmarks.paper.curves import snapshot_path, train_curve, write_state
+from benchmarks.paper.curves import Adagrads, snapshot_path, train_curve, write_state
 from benchmarks.paper.models import FaceVAE, make_vae
 from benchmarks.paper.settings import BATCH_SIZE, RATES, Curve, due, load_images
 from benchmarks.paper.tables import read_table, write_table
 from benchmarks.programs import VAE
 from pyro_aevb import MonteCarloEM, log_marginal
 from pyro_aevb.errors import AEVBWarning
+from pyro_aevb.training.result import EMEpochEnd
 
 __all__ = ["snapshots", "train"]
 
@@ -24,6 +21,8 @@ _WEIGHT_UPDATES = 5
 """Updates of the weights after each trajectory (App. E)."""
 _TRIAL_SAMPLES = 50_000
 _TRIAL_ROWS = 20
+_CHECKPOINT_SAMPLES = 50_000
+"""Training samples from one checkpoint to the next."""
 
 
 def train(curve: Curve, num_samples: int, state: Path) -> None:
@@ -40,34 +39,34 @@ def snapshots(curve: Curve, state: Path) -> dict[int, Path]:
     return {int(samples): found[samples] for samples in sorted(filter(str.isdigit, found), key=int)}
 
 
-class _Following:
-    """Make Adagrad that keeps the networks after so many samples, for a fit that tells nobody of its epochs.
+class _Follower:
+    """Keep the networks after the epochs in which a point of the grid lies.
 
     Args:
         curve: The run.
         vae: Its networks.
-        rate: Global step.
-        path: Where they are kept; ``None`` keeps none.
+        path: Where they are kept.
+        last: The last epoch, which is a point wherever it lies.
     """
 
-    def __init__(self, curve: Curve, vae: VAE | FaceVAE, rate: float, path: Path | None) -> None:
-        self.curve, self.vae, self.rate, self.path = curve, vae, rate, path
-        self.num_updates = 0
-        self.batch = batch_size(curve)
+    def __init__(self, curve: Curve, vae: VAE | FaceVAE, path: Path, last: int) -> None:
+        self.curve, self.vae, self.path, self.last = curve, vae, path, last
+        self.seconds = 0.0
 
-    def __call__(self, parameters: Iterable[nn.Parameter]) -> Adagrad:
-        """Make the optimizer, with the prior N(0, I) on weight matrices."""
-        groups = [{"params": [item], "weight_decay": float(item.dim() == 2)} for item in parameters]
-        optimizer = Adagrad(groups, lr=self.rate)
-        optimizer.register_step_post_hook(self._follow)
-        return optimizer
+    def __call__(self, event: EMEpochEnd) -> None:
+        """Follow one epoch."""
+        samples = event.epoch * self.curve.num_train
+        self.seconds += event.record["seconds"]
+        if due(samples, self.curve.num_train) or event.epoch == self.last:
+            write_state(snapshot_path(self.path, samples), self.vae.state_dict())
 
-    def _follow(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        """Count an update, and keep the networks where a point of the grid is reached."""
-        self.num_updates += 1
-        steps, rest = divmod(self.num_updates, _WEIGHT_UPDATES)
-        if self.path is not None and not rest and due(steps * self.batch, self.batch):
-            write_state(snapshot_path(self.path, steps * self.batch), self.vae.state_dict())
+    def state_dict(self) -> dict[str, float]:
+        """Return the time of training so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Count on from a time."""
+        self.seconds = state["seconds"]
 
 
 def batch_size(curve: Curve) -> int:
@@ -76,18 +75,18 @@ def batch_size(curve: Curve) -> int:
 
 
 def _train_em(curve: Curve, num_samples: int, state: Path) -> None:
-    """Train by Monte Carlo EM in one go, for its chains can't be taken up again."""
-    path = state / f"{curve.name}.pt"
-    if max(snapshots(curve, state), default=0) >= num_samples - curve.num_train and path.is_file():
+    """Train by Monte Carlo EM, bit for bit on from where an earlier run ended."""
+    path, num_epochs = state / f"{curve.name}.pt", math.ceil(num_samples / curve.num_train)
+    if num_epochs * curve.num_train in snapshots(curve, state):
         return
-    rate, begin = _choose_rate(curve, min(_TRIAL_SAMPLES, num_samples), state), time.perf_counter()
-    vae = make_vae(curve, 784)
+    rate, vae = _choose_rate(curve, min(_TRIAL_SAMPLES, num_samples), state), make_vae(curve, 784)
     write_state(snapshot_path(path, 0), vae.state_dict())
-    _fit(curve, vae, _Following(curve, vae, rate, path), math.ceil(num_samples / curve.num_train))
+    follower = _Follower(curve, vae, path, num_epochs)
+    every = max(1, _CHECKPOINT_SAMPLES // batch_size(curve))
+    settings = {"callbacks": [follower], "checkpoint": state / curve.name, "every": every, "keep": 1, "resume": True}
+    _fit(curve, vae, rate, num_epochs, **settings)
     write_state(path, vae.state_dict())
-    samples = curve.num_train * math.ceil(num_samples / curve.num_train)
-    write_state(snapshot_path(path, samples), vae.state_dict())
-    write_table(path.with_suffix(".csv"), [{"samples": samples, "seconds": time.perf_counter() - begin}])
+    write_table(path.with_suffix(".csv"), [{"samples": num_epochs * curve.num_train, "seconds": follower.seconds}])
 
 
 def _choose_rate(curve: Curve, num_samples: int, state: Path) -> float:
@@ -98,7 +97,7 @@ def _choose_rate(curve: Curve, num_samples: int, state: Path) -> float:
         x = load_images(curve.data, curve.num_train).train[:_TRIAL_ROWS]
         for rate in RATES:
             vae = make_vae(curve, 784)
-            _fit(curve, vae, _Following(curve, vae, rate, None), num_epochs)
+            _fit(curve, vae, rate, num_epochs)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", AEVBWarning)  # rates are compared on the same rows and draws
                 result = log_marginal(vae.model, None, x, method="ais", preset="fast", seed=0, progress=False)
@@ -107,10 +106,10 @@ def _choose_rate(curve: Curve, num_samples: int, state: Path) -> float:
     return float(max(read_table(path), key=lambda row: row["log_marginal"])["rate"])
 
 
-def _fit(curve: Curve, vae: VAE | FaceVAE, make: _Following, num_epochs: int) -> None:
-    """Train by Monte Carlo EM, all of App. E's numbers in it."""
-    begin = time.perf_counter()
+def _fit(curve: Curve, vae: VAE | FaceVAE, rate: float, num_epochs: int, **settings: Any) -> None:
+    """Train by Monte Carlo EM, all of App. E's numbers in it, with the prior N(0, I) on weight matrices."""
     em = MonteCarloEM(vae.model, num_leapfrog=10, target_accept_prob=0.9, num_weight_updates=_WEIGHT_UPDATES)
     x = load_images(curve.data, curve.num_train).train
-    result = em.fit(x, num_epochs=num_epochs, batch_size=make.batch, optimizer=make, seed=curve.seed, progress=False)
-    sys.stderr.write(f"{curve.name}, rate {make.rate}: {time.perf_counter() - begin:.0f} s, {result}\n")
+    settings = {"batch_size": batch_size(curve), "seed": curve.seed, "progress": False, **settings}
+    result = em.fit(x, num_epochs=num_epochs, optimizer=Adagrads(vae, rate), **settings)
+    sys.stderr.write(f"{curve.name}, rate {rate}: {num_epochs} epochs, {result}\n")

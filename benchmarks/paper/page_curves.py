@@ -230,8 +230,7 @@ def figure3(out: Path) -> list[str]:
         "",
         "Monte Carlo EM takes trajectories of 10 leapfrog steps at an acceptance of 0.9 and 5 updates of the weights after each "
         "(App. E). With 1,000 rows a step takes all of them; its variant on minibatches of 50,000 rows is not the paper's, which "
-        "left it out there. A sample costs it 10 gradients by the latents and 5 by the weights. Its chains can't be taken up "
-        "again: it is trained in one go, and from the beginning where more samples are asked for.",
+        "left it out there. A sample costs it 10 gradients by the latents and 5 by the weights.",
         "",
         command("figure3", samples=max(ends.values()), rows=max(row["rows"] for row in rows)),
     ]

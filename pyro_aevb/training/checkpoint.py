@@ -16,7 +16,7 @@ from pyro_aevb.training.files import Contents, draft_file, publish_file, read_fi
 from pyro_aevb.training.packing import pack, unpack
 from pyro_aevb.training.saving import FIT, describe_program, explain_difference, load_tensors
 
-__all__ = ["Checkpoints", "collect", "distribute"]
+__all__ = ["Checkpoints", "check_setting", "collect", "distribute"]
 
 _PATTERN = "step-*.safetensors"
 _BEST = "best.safetensors"
@@ -157,13 +157,15 @@ def distribute(module: ObjectiveModule, contents: Contents, path: Path, setting:
     """
     header, tensors = contents
     if "fit" not in header:
-        raise FileError(f"{path} holds a program, not a fit: AEVB.load reads it.")
-    if difference := explain_difference(module, header):
+        raise FileError(
+            f"{path} holds no checkpoint of AEVB.fit. A saved program is read by AEVB.load; give an empty folder."
+        )
+    if difference := explain_difference(module.structure, header):
         raise FileError(
             f"{path} belongs to another model: {difference}. Give the model that it was saved with, or an empty folder."
         )
     state = unpack(header["fit"], tensors)
-    _check_setting(path, state["setting"], setting)
+    check_setting(path, state["setting"], setting)
     load_tensors(module.program, {name: item for name, item in tensors.items() if not name.startswith(FIT)}, path)
     module.objective_state.load_state_dict(state["objective"])
     if module.is_growing:
@@ -171,8 +173,12 @@ def distribute(module: ObjectiveModule, contents: Contents, path: Path, setting:
     return state
 
 
-def _check_setting(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
-    """Refuse to continue a fit on other data or with another optimizer: nothing in the state would mean the same."""
+def check_setting(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuse to continue a fit on other data or with another optimizer: nothing in the state would mean the same.
+
+    Raises:
+        SettingError: Naming what differs.
+    """
     own = json.loads(json.dumps(own))  # as it was written: lists for tuples
     different = [f"{name}={saved.get(name)!r} (now {own[name]!r})" for name in own if saved.get(name) != own[name]]
     if different:

@@ -19,7 +19,17 @@ from pyro_aevb.training.place import Place
 from pyro_aevb.training.result import FitResult
 from pyro_aevb.training.stepper import Stepper
 
-__all__ = ["Standing", "collect_state", "load_state"]
+__all__ = [
+    "Standing",
+    "callback_states",
+    "circumstances",
+    "collect_state",
+    "compare_circumstances",
+    "fingerprint",
+    "load_callbacks",
+    "load_state",
+    "passing_buffers",
+]
 
 
 @runtime_checkable
@@ -67,14 +77,14 @@ def collect_state(fit: Standing) -> Contents:
     }
     state = {
         "setting": _setting(fit),
-        "circumstances": _circumstances(),
+        "circumstances": circumstances(),
         "place": asdict(place),
         "order": fit.order if place.batches > 0 else fit.generator.get_state(),
         "each": stepper.processes.gather([own]),
         "stepper": stepper.state(),
         "schedule": None if fit.schedule is None else fit.schedule.state_dict(),
-        "callbacks": _callback_states(fit.callbacks),
-        "buffers": _passing_buffers(fit.module),
+        "callbacks": callback_states(fit.callbacks),
+        "buffers": passing_buffers(fit.module),
         "history": fit.result.history,
         "best_epoch": fit.result.best_epoch,
         "best": fit.best_state,
@@ -103,12 +113,12 @@ def load_state(fit: Standing, checkpoints: Checkpoints) -> bool:
     fit.stepper.load_state(state["stepper"])
     if fit.schedule is not None:
         fit.schedule.load_state_dict(state["schedule"])
-    _load_callbacks(fit, state["callbacks"])
-    for name, buffer in _passing_buffers(fit.module).items():
+    load_callbacks(fit.callbacks, state["callbacks"])
+    for name, buffer in passing_buffers(fit.module).items():
         buffer.copy_(state["buffers"][name])
     fit.result.history, fit.result.best_epoch = state["history"], state["best_epoch"]
     fit.best_state = state["best"]
-    _compare_circumstances(state["circumstances"])
+    compare_circumstances(state["circumstances"])
     restore_random_state(RandomState(**own["random"]))
     return True
 
@@ -118,7 +128,7 @@ def _setting(fit: Standing) -> dict[str, Any]:
     module = fit.module
     return {
         "rows": fit.source.num_rows,
-        "data": _fingerprint(fit.source),
+        "data": fingerprint(fit.source),
         "batch_size": fit.source.batch_size,
         "num_data": "growing" if module.is_growing else module.num_data,
         "objective": type(module.objective).__name__,
@@ -129,7 +139,7 @@ def _setting(fit: Standing) -> dict[str, Any]:
     }
 
 
-def _fingerprint(source: BatchSource) -> str | None:
+def fingerprint(source: BatchSource) -> str | None:
     """Return types, shapes and a checksum of the first and the last row of data in memory."""
     whole = source.whole()
     if whole is None:
@@ -144,13 +154,14 @@ def _fingerprint(source: BatchSource) -> str | None:
     return f"{', '.join(kinds)}, checksum of the first and the last row {value:08x}"
 
 
-def _circumstances() -> dict[str, Any]:
+def circumstances() -> dict[str, Any]:
     """Return what bits depend on beside the seed."""
     return {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _compare_circumstances(saved: dict[str, Any]) -> None:
-    own = _circumstances()
+def compare_circumstances(saved: dict[str, Any]) -> None:
+    """Warn where bits may come out otherwise than in the circumstances that were saved."""
+    own = circumstances()
     different = [f"{name} {saved[name]} then, {own[name]} now" for name in own if saved.get(name) != own[name]]
     if different:
         warn_user(
@@ -158,7 +169,8 @@ def _compare_circumstances(saved: dict[str, Any]) -> None:
         )
 
 
-def _callback_states(callbacks: Sequence[Any]) -> list[Any]:
+def callback_states(callbacks: Sequence[Any]) -> list[Any]:
+    """Return the states of callbacks that keep one, ``None`` for others."""
     return [item.state_dict() if _has_state(item) else None for item in callbacks]
 
 
@@ -166,9 +178,13 @@ def _has_state(callback: Any) -> bool:
     return hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
 
 
-def _load_callbacks(fit: Standing, states: list[Any]) -> None:
-    """Give states back to callbacks that had one, in the order in which they are given."""
-    keeping: list[Any] = [item for item in fit.callbacks if _has_state(item)]
+def load_callbacks(callbacks: Sequence[Any], states: list[Any]) -> None:
+    """Give states back to callbacks that had one, in the order in which they are given.
+
+    Raises:
+        FileError: If other callbacks keep one now.
+    """
+    keeping: list[Any] = [item for item in callbacks if _has_state(item)]
     saved = [state for state in states if state is not None]
     if len(keeping) != len(saved):
         raise FileError(
@@ -179,7 +195,7 @@ def _load_callbacks(fit: Standing, states: list[Any]) -> None:
         callback.load_state_dict(state)
 
 
-def _passing_buffers(module: torch.nn.Module) -> dict[str, Tensor]:
+def passing_buffers(module: torch.nn.Module) -> dict[str, Tensor]:
     """Return the buffers that a saved program leaves out (``persistent=False``)."""
     kept = module.state_dict().keys()
     return {name: buffer for name, buffer in module.named_buffers() if name not in kept}

@@ -13,6 +13,7 @@ from pyro_aevb.guides.base import AmortizedGuide
 from pyro_aevb.guides.saving import describe_guide
 from pyro_aevb.program.objective_module import ObjectiveModule
 from pyro_aevb.program.parameters import Program
+from pyro_aevb.program.structure import Structure
 from pyro_aevb.training.files import Contents
 
 __all__ = ["FIT", "describe_program", "explain_difference", "load_tensors", "restore"]
@@ -98,15 +99,15 @@ def _build_on_constants(module: ObjectiveModule, header: dict[str, Any], path: s
             module.build(*args, **{name: item for name, item in items if name is not None})
     except AEVBError as error:
         raise FileError(f"{path} belongs to another model: this one does not run on its batches. {error}") from error
-    if difference := explain_difference(module, header):
+    if difference := explain_difference(module.structure, header):
         raise FileError(
             f"{path} belongs to another model: {difference}. Load it with the model that it was saved with."
         )
 
 
-def explain_difference(module: ObjectiveModule, header: dict[str, Any]) -> str:
+def explain_difference(structure: Structure | None, header: dict[str, Any]) -> str:
     """Say what a model's structure differs in from a saved one; nothing where they are the same."""
-    found = json.loads(json.dumps(module.structure.fingerprint)) if module.structure else None
+    found = json.loads(json.dumps(structure.fingerprint)) if structure else None
     if found == header["fingerprint"]:
         return ""
     saved, own = (part["sites"] if part else {} for part in (header["fingerprint"], found))

@@ -22,7 +22,7 @@ from pyro_aevb.training.whole_step import WholeStep
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["OptimizerMaker", "Stepper", "default_optimizer"]
+__all__ = ["OptimizerMaker", "Stepper", "default_optimizer", "load_optimizer"]
 
 OptimizerMaker = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -252,15 +252,7 @@ class Stepper:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a state, before the first step; what was decided about compiling then holds now."""
-        optimizer = _plain(self.optimizer)
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise SettingError(
-                f"The saved state of the optimizer is that of other parameters: {error}. Freeze (requires_grad_) and group the "
-                f"same ones as then."
-            ) from error
-        _lay_out(optimizer)
+        load_optimizer(_plain(self.optimizer), state["optimizer"])
         self.num_steps, self.num_skipped = state["num_steps"], state["num_skipped"]
         self._skipped_in_a_row, self._num_whole = state["skipped_in_a_row"], state["num_whole"]
         self.staging.decide_again(state["decision"], state["recorded_on"])
@@ -306,8 +298,19 @@ class Stepper:
         )
 
 
-def _lay_out(optimizer: Optimizer) -> None:
-    """Give a loaded state the strides of its parameters: fused Adam goes through the memory of both side by side."""
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load an optimizer's state, with the strides of its parameters: fused Adam goes through the memory of both side by side.
+
+    Raises:
+        SettingError: If it is that of other parameters.
+    """
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as error:
+        raise SettingError(
+            f"The saved state of the optimizer is that of other parameters: {error}. Freeze (requires_grad_) and group the "
+            f"same ones as then."
+        ) from error
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             is_like = isinstance(value, Tensor) and value.shape == parameter.shape
