@@ -214,6 +214,7 @@ def test_a_whole_model_is_one_row():
     assert within(found.approximation_gap, 0.0, found.approximation_error)
 
 
+@pytest.mark.slow
 def test_an_automatic_guide_with_globals_is_refined():
     exact, x = NormalNormal.fixture()
     guide = AutoAmortizedNormal(exact.model, init_scale=0.7).build(x)

@@ -77,6 +77,7 @@ def test_parts_can_be_left_out(exact):
         assert "What the bound lacks" not in text
 
 
+@pytest.mark.slow
 def test_nuts_is_the_other_standard(exact):
     settings = {"sampling": {"num_samples": 100, "warmup_steps": 60}, "ledger": False, "num_simulations": 0}
     found = report(exact.model, exact.guide, rows_of(exact, 1), against="nuts", **settings)
@@ -111,7 +112,7 @@ def test_globals_are_drawn_once_or_given():
         report(model, guide, x, data_plate="nowhere")
 
 
-@pytest.mark.parametrize(("against", "scale"), [("hmc", 0.6), ("nuts", 1.0)])
+@pytest.mark.parametrize(("against", "scale"), [pytest.param("hmc", 0.6, marks=pytest.mark.slow), ("nuts", 1.0)])
 def test_a_whole_model_is_one_row(against, scale):
     """Rows share the effect m, whose posterior is N(sum x / (n + 1), 1 / (n + 1)); the guide's sd is that times a scale."""
 
@@ -179,6 +180,7 @@ def test_what_nuts_costs_is_told_before_the_other_parts_run(exact, monkeypatch, 
     assert told[0].startswith("NUTS, about ")
 
 
+@pytest.mark.slow
 def test_the_wrapper_compares_with_its_own_parts(exact):
     vi = AEVB(exact.model, exact.guide)
     x = rows_of(exact, 2)

@@ -133,6 +133,7 @@ def test_a_mode_that_the_guide_misses_is_found_by_the_audit():
     assert ((right.value - by_quadrature(x)).abs() < 4 * right.standard_error).all()
 
 
+@pytest.mark.slow
 def test_a_mode_that_the_guide_misses_is_found_in_rows_that_are_not_audited():
     x = torch.linspace(1.5, 2.5, 40, dtype=torch.float64)
     settings = {"num_chains": 64, "num_temperatures": 50, "num_leapfrog": 3}
@@ -147,6 +148,7 @@ def test_a_mode_that_the_guide_misses_is_found_in_rows_that_are_not_audited():
     assert 0 < ratios.std() < 0.3
 
 
+@pytest.mark.slow
 def test_the_check_of_a_sound_guide_raises_no_alarm():
     exact, x, truth = linear_gaussian(300)
     result = ais(exact.model, exact.mean_field_guide(at_optimum=True), x, num_temperatures=60, num_leapfrog=3)
@@ -348,6 +350,7 @@ def test_presets_are_those_of_the_literature_and_settings_come_before_them():
     assert wu.target_accept_prob == 0.65
 
 
+@pytest.mark.slow
 def test_students_t_covers_with_sixteen_chains():
     exact, x, truth = linear_gaussian(500)
     result = ais(exact.model, None, x, num_temperatures=60)

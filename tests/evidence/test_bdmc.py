@@ -80,6 +80,7 @@ def test_data_sets_share_no_random_numbers(start):
     assert len(result.lower.unique()) == 4
 
 
+@pytest.mark.slow
 def test_a_rows_upper_error_is_that_of_its_bound():
     exact, x = LinearGaussian.fixture()
     rows = x[:1].expand(300, -1)
@@ -135,6 +136,7 @@ def test_globals_are_given_or_drawn_from_the_guide():
     assert (drawn.gap.abs() < 1e-9).all()
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_simulated_data_set_by_data_set():
     exact, template = EightSchools.fixture()
     settings = {"num_chains": 100, "num_temperatures": 20, "num_leapfrog": 3}

@@ -288,6 +288,7 @@ class TestEstimator:
         # nested R-hat is above its limit by chance, in 20 coordinates more often than in few; nothing else may flag a row
         assert (result.is_flagged & (result.r_hat <= 1.01)).sum() <= 1
 
+    @pytest.mark.slow
     def test_rows_at_once_are_bounded_by_what_is_stored(self, monkeypatch):
         sizes = []
 

@@ -28,7 +28,7 @@ class TestBatches:
         ("method", "settings"),
         [
             ("ais", {"num_temperatures": 5}),
-            ("bridge", {"num_chains": 2, "num_draws": 8, "warmup_steps": 4}),
+            pytest.param("bridge", {"num_chains": 2, "num_draws": 8, "warmup_steps": 4}, marks=pytest.mark.slow),
             ("quadrature", {}),
         ],
     )

@@ -56,6 +56,7 @@ def test_a_guide_loses_what_its_family_must(make: Callable[[Any], Any] | None, b
     assert abs(gap - best) <= bar + 4 * error
 
 
+@pytest.mark.slow
 def test_groups_and_globals_are_those_of_quadrature() -> None:
     fixture = HierarchicalNormal()
     x, _ = fixture.simulate(200, seed=1, dtype=torch.float32)
@@ -75,6 +76,7 @@ def test_groups_and_globals_are_those_of_quadrature() -> None:
         assert abs(draws[name].mean() - own.mean) <= 0.5 * own.variance.sqrt()
 
 
+@pytest.mark.slow
 def test_one_recurrent_head_smooths_a_series() -> None:
     fixture = LinearGaussianStateSpace(num_steps=8)
     x, _ = fixture.simulate(640, seed=1, dtype=torch.float32)

@@ -82,7 +82,9 @@ def worse_rows_allowed(count):
 # The optimum
 
 
-@pytest.mark.parametrize("family", [AutoAmortizedNormal, AutoAmortizedMultivariateNormal])
+@pytest.mark.parametrize(
+    "family", [AutoAmortizedNormal, pytest.param(AutoAmortizedMultivariateNormal, marks=pytest.mark.slow)]
+)
 def test_every_row_reaches_the_best_of_its_family(family):
     exact, guide, refined, x = refined_by_default(family)
     best = exact.approximation_gap() if family is AutoAmortizedNormal else 0.0
@@ -418,6 +420,7 @@ def test_globals_are_sampled_and_stay():
 # The refined guide is a guide
 
 
+@pytest.mark.slow
 def test_rows_are_refined_at_one_value_of_the_globals():
     """At g the posterior of z is N((g + x) / 2, 1 / 2); whatever q(g) is, that is the best q."""
 

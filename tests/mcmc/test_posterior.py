@@ -78,7 +78,11 @@ def check_moments(values: Tensor, posterior: Any) -> None:
 
 
 @pytest.mark.usefixtures("quick_annealing")
-@pytest.mark.parametrize("kind", [GammaPoisson, BetaBinomial, LinearGaussian], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind",
+    [GammaPoisson, pytest.param(BetaBinomial, marks=pytest.mark.slow), LinearGaussian],
+    ids=lambda kind: kind.__name__,
+)
 def test_moments_are_those_of_the_exact_posterior(kind: type[ExactModel]) -> None:
     exact, _ = kind.fixture()
     x, _ = exact.simulate(50, seed=5)
@@ -148,6 +152,7 @@ def test_states_of_long_series_are_those_of_the_smoother() -> None:
     check_smoother(num_steps=20, num_rows=5, num_leapfrog=10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_annealing")
 def test_ranks_of_simulated_latents_are_uniform() -> None:
     # Talts et al. (2018), with the log joint as a further quantity (Modrak et al. 2023): 1,000 rows at once
@@ -165,7 +170,9 @@ def test_ranks_of_simulated_latents_are_uniform() -> None:
         assert stats.kstest(quantity.numpy(), "uniform").pvalue > 1e-3
 
 
-@pytest.mark.parametrize("make", [gamma_exponential, pytest.param(dirichlet_multinomial, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "make", [pytest.param(make, marks=pytest.mark.slow) for make in (gamma_exponential, dirichlet_multinomial)]
+)
 def test_conjugate_means_are_known(make: Callable[[], Known]) -> None:
     # sd up to .44 and ESS above 8,000 make .02 four standard errors; without its Jacobian a map to the support is further off
     known = make()

@@ -302,7 +302,7 @@ class TestDoors:
         torch.testing.assert_close(compiled.samples["z"], eager.samples["z"], rtol=1e-7, atol=1e-7)
 
     @pytest.mark.parametrize("method", ["ais", "bridge"])
-    @pytest.mark.parametrize("start", ["guide", "prior"])
+    @pytest.mark.parametrize("start", ["guide", pytest.param("prior", marks=pytest.mark.slow)])
     def test_log_marginals_are_the_same(self, method, start):
         few = {"num_temperatures": 10, "start": start} if method == "ais" else {"warmup_steps": 20, "num_draws": 20}
         guide = AutoAmortizedNormal(normal)

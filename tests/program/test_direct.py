@@ -4,6 +4,7 @@ import math
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoNormal
@@ -108,6 +109,7 @@ def at_posterior(shift=0.0):
     return guide
 
 
+@pytest.mark.slow
 def test_it_is_compared_with_chains():
     """KL(q, p) + KL(p, q) of two normals of variance 1/2 that are 0.5 apart is 0.5; the guide names its model itself."""
     chains = hmc_posterior(conjugate, X, num_samples=100, warmup_steps=60, num_chains=4, seed=0, progress=False)

@@ -85,7 +85,11 @@ def told(result: EMResult) -> list[dict[str, float]]:
 
 def state_of(model: Noisy) -> dict[str, Tensor]:
     scale = pyro.param("scale").detach().clone()
-    return {**{name: value.clone() for name, value in model.state_dict().items()}, "scale": scale, "num_updates": model.num_updates.clone()}
+    return {
+        **{name: value.clone() for name, value in model.state_dict().items()},
+        "scale": scale,
+        "num_updates": model.num_updates.clone(),
+    }
 
 
 def assert_same(result: EMResult, model: Noisy, whole: EMResult, expected: dict[str, Tensor]) -> None:
@@ -107,7 +111,7 @@ def whole() -> tuple[EMResult, dict[str, Tensor]]:
     return result, expected
 
 
-@pytest.mark.parametrize("every", [None, 1, 2], ids=lambda every: f"every {every}")
+@pytest.mark.parametrize("every", [None, 2], ids=lambda every: f"every {every}")
 def test_a_fit_that_a_callback_ended_goes_on_bit_for_bit(
     whole: tuple[EMResult, dict[str, Tensor]], tmp_path: Path, every: int | None
 ) -> None:
@@ -123,8 +127,7 @@ def test_a_fit_that_a_callback_ended_goes_on_bit_for_bit(
     assert_same(result, model, *whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [1, 5, 6])
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 1), (signal.SIGINT, 5), (signal.SIGTERM, 6)])
 def test_a_signal_waits_for_the_step_and_a_checkpoint_in_the_middle_of_an_epoch(
     whole: tuple[EMResult, dict[str, Tensor]], tmp_path: Path, number: int, step: int
 ) -> None:
