@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyro_aevb import AEVB, SGVB
 
@@ -148,11 +150,12 @@ def test_means_of_log_p_have_both_errors_and_differences_leave_flagged_rows_out(
     rows = [
         {"value": value, "standard_error": 0.3, "is_flagged": flag} for value, flag in ((-1.0, 0), (-3.0, 0), (-8.0, 1))
     ]
-    summary = evidence.summarize(rows)
+    summary = evidence.summarize(rows, 2)
     assert summary["mean"] == pytest.approx(-4.0)
     assert summary["monte_carlo_error"] == pytest.approx(math.sqrt(3 * 0.09) / 3)
     assert summary["rows_error"] == pytest.approx(math.sqrt(13.0 / 3))
     assert summary["flagged"] == 1
+    assert (summary["mean_of_first"], summary["first"]) == (pytest.approx(-2.0), 2)
     exact = [{"value": value, "standard_error": 0.0, "is_flagged": 0} for value in (-1.5, -3.0, -3.0)]
     difference = evidence.compare(rows, exact)
     assert (difference["kept"], difference["difference"], difference["largest"]) == (2, pytest.approx(0.25), -5.0)
@@ -160,9 +163,8 @@ def test_means_of_log_p_have_both_errors_and_differences_leave_flagged_rows_out(
     assert difference["monte_carlo_error"] == pytest.approx(math.sqrt(2 * 0.09) / 2)
 
 
-def test_digits_are_drawn_anew_after_each_epoch_and_the_fit_sees_it() -> None:
-    grey = torch.rand(200, 10, generator=torch.manual_seed(0))
-    rebinarizer, seen = part("after").Rebinarizer(grey, seed=1), []
+def test_digits_are_drawn_anew_whenever_they_are_presented() -> None:
+    grey, seen = torch.rand(200, 10, generator=torch.manual_seed(0)), []
 
     def model(x: torch.Tensor) -> None:
         scale = pyro.param("scale", torch.tensor(0.0))
@@ -177,12 +179,12 @@ def test_digits_are_drawn_anew_after_each_epoch_and_the_fit_sees_it() -> None:
             pyro.sample("z", dist.Normal(loc, 1.0).expand([len(x)]))
 
     settings = {"batch_size": 200, "compile": False, "seed": 0, "progress": False}
-    AEVB(model, guide).fit(rebinarizer.rows, num_epochs=40, callbacks=[rebinarizer], **settings)
+    AEVB(model, guide).fit(part("after").Rebinarized(grey), num_epochs=40, **settings)
     epochs = torch.stack([x.sum(0) for x in seen[-40:]])  # every epoch is one batch, in an order of its own
     assert len(epochs.unique(dim=0)) == 40
     expected, variance = grey.sum(0), (grey * (1 - grey)).sum(0)
     assert ((epochs.mean(0) - expected).abs() < 4.5 * (variance / 40).sqrt()).all()
-    assert set(rebinarizer.rows.unique().tolist()) == {0.0, 1.0}
+    assert set(torch.cat(seen).unique().tolist()) == {0.0, 1.0}
 
 
 def test_the_weights_posterior_enters_by_its_divergence_from_the_prior() -> None:
@@ -220,11 +222,80 @@ def test_the_page_tells_of_exceptions_and_of_partial_curves(tmp_path: Path) -> N
     part("page").write(tmp_path)
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "is above wake-sleep's in 1 of 2 panels" in page
-    assert "- The exception: MNIST, N_z = 3." in page
-    asleep = "Wake-sleep on MNIST does not begin to use its latents within 900,000 samples, N_z = 20: its encoder tells 0.012 nats"
-    assert asleep in page
+    assert "- The exception: MNIST, N_z = 3, AEVB minus wake-sleep -1.0 (seed 0, 3,000,000 samples)." in page
+    assert "tell less than 0.1 nats of a row: N_z = 20 and awake later, 900,000 samples." in page
+    assert "AEVB's encoders tell 9.0 nats and more from 100,000 samples on." in page
+    assert "- The first million samples of MNIST by AEVB took 1 to 1 s" in page
     assert "| MNIST, N_z = 20 | 1,000,000 (partial) | -120.0 (-119.0) | -125.0 (-124.0) | +5.0 |" in page
     assert "| MNIST, N_z = 3 | 3,000,000 | -140.0 (-139.0) | -139.0 (-138.0) | -1.0 |" in page
+
+
+def test_the_page_tells_of_seeds_and_of_latents_that_stay_dead(tmp_path: Path) -> None:
+    rows = [
+        {
+            **row(method, 3_000_000, bound + 3 * seed, data="frey", latent=5, seed=seed),
+            "hidden": 200,
+            "num_train": 1_600,
+        }
+        for seed in (0, 1)
+        for method, bound in (("aevb", 700.0 + seed), ("wake_sleep", 577.0))
+    ]
+    rows = [{**entry, "train_kl": 8.0 if entry["method"] == "aevb" else 0.003, "least_scale": 0.0039} for entry in rows]
+    part("tables").write_table(tmp_path / "figure2.csv", rows)
+    part("page").write(tmp_path)
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    gaps = "AEVB minus wake-sleep +123.0 (seed 0, 3,000,000 samples), +124.0 (seed 1, 3,000,000 samples)."
+    assert f"- By seed: Frey Face, N_z = 5, {gaps}" in page
+    assert "N_z = 5 to the end, 3,000,000 samples." in page
+    assert "the test bound is highest, 700, after 3,000,000 samples" in page  # of the first seed
+
+
+def evidence_row(estimator: str, mean: float, **changes: Any) -> dict[str, Any]:
+    found = {
+        "method": "aevb",
+        "num_train": 1_000,
+        "rate": 0.02,
+        "samples": 3_000_000,
+        "part": "test",
+        "estimator": estimator,
+    }
+    found |= {"rows": 1_000, "mean": mean, "rows_error": 0.5, "mean_of_first": mean - 1, "first": 100}
+    return {**found, **changes}
+
+
+def difference_row(estimator: str, difference: float, **changes: Any) -> dict[str, Any]:
+    found = {"method": "aevb", "num_train": 1_000, "samples": 3_000_000, "part": "test", "estimator": estimator}
+    found |= {"rows": 1_000, "kept": 990, "difference": difference, "monte_carlo_error": 0.01}
+    return {**found, "difference_all": difference + 0.01, "largest": -2.0, **changes}
+
+
+def test_the_page_says_where_estimators_agree_and_who_was_better_before_the_end(tmp_path: Path) -> None:
+    rows = [evidence_row("bridge", -140.0), evidence_row("bridge", -110.0, part="train")]
+    rows += [evidence_row("bridge", -138.0, samples=1_000_000)]
+    rows += [
+        evidence_row("bridge", mean, method="mcem", part=part_) for part_, mean in (("test", -139.0), ("train", -105.0))
+    ]
+    rows += [evidence_row("bridge", -150.0, num_train=50_000, samples=1_000_000, method="mcem")]
+    differences = [difference_row("bridge", 0.02), difference_row("ais", -0.2), difference_row("reciprocal", 0.05)]
+    differences += [difference_row("ais", 0.03, num_train=50_000, samples=1_000_000, rows=20, kept=19)]
+    part("tables").write_table(tmp_path / "figure3.csv", rows)
+    part("tables").write_table(tmp_path / "estimators.csv", differences)
+    part("page").write(tmp_path)
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "the first 100 new digits (training digits): AEVB -141.0 (-111.0), Monte Carlo EM -140.0 (-106.0)." in page
+    assert "Highest on new digits: Monte Carlo EM." in page
+    assert (
+        "- AEVB, 1,000 training digits: new digits are likeliest, -139.0, after 1,000,000 samples, and -141.0 after"
+        in page
+    )
+    assert "are within 0.1 nats of quadrature in the mean in 2 of 3 cases, on as few as 20 digits so far." in page
+    assert "- Further off: AIS, AEVB with 1,000 digits, by -0.200 ± 0.010." in page
+    assert (
+        "- App. D is off by +0.060 to +0.060 nats in the mean over all digits, and by -2.00 in the worst (AEVB, 1,000"
+        in page
+    )
+    assert "| 50,000, AEVB | AIS | +0.0300 ± 0.0100 (19) |" in page  # although others have gone further
+    assert "| 1,000 | AEVB | 0.02 | 3,000,000 |  | -140.00 ± 0.50 (1000) |  |  |" in page
 
 
 def test_the_committed_page_is_that_of_the_committed_tables(tmp_path: Path) -> None:
@@ -264,6 +335,48 @@ def test_a_curve_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, metho
     last = part("curves").read_vae(own, kept[whole[-1]["samples"]])
     images = part("settings").load_images("mnist", 400)
     assert part("curves").bound_of(last, images.test, seed=1) == whole[-1]["test_bound"]
+
+
+@needs_images
+def test_a_curve_that_is_long_enough_is_left_as_it_is(tmp_path: Path) -> None:
+    train, own = part("curves").train_curve, curve()
+    longer = train(own, 2_000, tmp_path)
+    networks = (tmp_path / f"{own.name}.pt").read_bytes()
+    assert [entry["samples"] for entry in train(own, 1_200, tmp_path)] == [entry["samples"] for entry in longer]
+    assert (tmp_path / f"{own.name}.pt").read_bytes() == networks
+
+
+@needs_images
+@pytest.mark.parametrize("method", ["aevb", "mcem"])
+def test_ctrl_c_is_not_taken_for_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """A run that was stopped leaves no result behind, and the next start ends as one that nobody stopped."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    contenders, own = part("contenders"), curve(method=method)
+    monkeypatch.setattr(contenders, "_CHECKPOINT_SAMPLES", 400)
+    for place in ("whole", "parts"):
+        rates = [{"rate": 0.02, "log_marginal" if method == "mcem" else "train_bound": -1.0}]
+        part("tables").write_table(tmp_path / place / f"{own.name}_rates.csv", rates)
+    contenders.train(own, 4_800, tmp_path / "whole")
+    steps: list[None] = []
+
+    def stop(*_: object) -> None:
+        steps.append(None)
+        if len(steps) == 17:
+            signal.raise_signal(signal.SIGINT)
+
+    hook = register_optimizer_step_post_hook(stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            contenders.train(own, 4_800, tmp_path / "parts")
+        hook.remove()
+        assert not (tmp_path / "parts" / f"{own.name}_4800.pt").exists()
+        contenders.train(own, 4_800, tmp_path / "parts")
+    finally:
+        hook.remove()
+        signal.signal(signal.SIGINT, before)
+    read, name = part("curves").read_vae, f"{own.name}_4800.pt"
+    states = [read(own, tmp_path / place / name).state_dict() for place in ("whole", "parts")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 @needs_images

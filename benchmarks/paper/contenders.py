@@ -6,16 +6,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.curves import Adagrads, snapshot_path, train_curve, write_state
+from benchmarks.paper.curves import Adagrads, obey, snapshot_path, train_curve, write_state
 from benchmarks.paper.models import FaceVAE, make_vae
 from benchmarks.paper.settings import BATCH_SIZE, RATES, Curve, due, load_images
 from benchmarks.paper.tables import read_table, write_table
 from benchmarks.programs import VAE
 from pyro_aevb import MonteCarloEM, log_marginal
-from pyro_aevb.errors import AEVBWarning
+from pyro_aevb.errors import AEVBWarning, NonFiniteError
 from pyro_aevb.training.result import EMEpochEnd
 
-__all__ = ["snapshots", "train"]
+__all__ = ["chosen_rate", "snapshots", "train"]
 
 _WEIGHT_UPDATES = 5
 """Updates of the weights after each trajectory (App. E)."""
@@ -77,7 +77,7 @@ def batch_size(curve: Curve) -> int:
 def _train_em(curve: Curve, num_samples: int, state: Path) -> None:
     """Train by Monte Carlo EM, bit for bit on from where an earlier run ended."""
     path, num_epochs = state / f"{curve.name}.pt", math.ceil(num_samples / curve.num_train)
-    if num_epochs * curve.num_train in snapshots(curve, state):
+    if path.is_file() and max(snapshots(curve, state), default=0) >= num_epochs * curve.num_train:
         return
     rate, vae = _choose_rate(curve, min(_TRIAL_SAMPLES, num_samples), state), make_vae(curve, 784)
     write_state(snapshot_path(path, 0), vae.state_dict())
@@ -97,13 +97,24 @@ def _choose_rate(curve: Curve, num_samples: int, state: Path) -> float:
         x = load_images(curve.data, curve.num_train).train[:_TRIAL_ROWS]
         for rate in RATES:
             vae = make_vae(curve, 784)
-            _fit(curve, vae, rate, num_epochs)
+            try:
+                _fit(curve, vae, rate, num_epochs)
+            except NonFiniteError:
+                found.append({"rate": rate, "log_marginal": -math.inf})
+                continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", AEVBWarning)  # rates are compared on the same rows and draws
                 result = log_marginal(vae.model, None, x, method="ais", preset="fast", seed=0, progress=False)
-            found.append({"rate": rate, "log_marginal": float(result.value.mean())})
+            mean = float(result.value.mean())
+            found.append({"rate": rate, "log_marginal": mean if mean == mean else -math.inf})
         write_table(path, found)
-    return float(max(read_table(path), key=lambda row: row["log_marginal"])["rate"])
+    return chosen_rate(curve, state)
+
+
+def chosen_rate(curve: Curve, state: Path) -> float:
+    """Return the rate that did best in the trials."""
+    rows = read_table(state / f"{curve.name}_rates.csv")
+    return float(max(rows, key=lambda row: row["log_marginal" if curve.method == "mcem" else "train_bound"])["rate"])
 
 
 def _fit(curve: Curve, vae: VAE | FaceVAE, rate: float, num_epochs: int, **settings: Any) -> None:
@@ -113,3 +124,4 @@ def _fit(curve: Curve, vae: VAE | FaceVAE, rate: float, num_epochs: int, **setti
     settings = {"batch_size": batch_size(curve), "seed": curve.seed, "progress": False, **settings}
     result = em.fit(x, num_epochs=num_epochs, optimizer=Adagrads(vae, rate), **settings)
     sys.stderr.write(f"{curve.name}, rate {rate}: {num_epochs} epochs, {result}\n")
+    obey(result.stopped_by)

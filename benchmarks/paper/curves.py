@@ -20,7 +20,18 @@ from pyro_aevb import AEVB, SGVB, WakeSleep
 from pyro_aevb.errors import NonFiniteError
 from pyro_aevb.training.loop import EpochEnd, FitResult
 
-__all__ = ["Adagrads", "Follower", "bound_of", "choose_rate", "read_vae", "snapshot_path", "train_curve", "write_state"]
+__all__ = [
+    "Adagrads",
+    "Follower",
+    "bound_of",
+    "choose_rate",
+    "divergence_of",
+    "obey",
+    "read_vae",
+    "snapshot_path",
+    "train_curve",
+    "write_state",
+]
 
 _EVALUATED_ROWS = 10_000
 _ROWS_AT_ONCE = 1_000
@@ -65,6 +76,14 @@ def bound_of(vae: VAE | FaceVAE, x: Tensor, *, seed: int = 0) -> float:
     return float(torch.cat(parts).double().mean())
 
 
+def divergence_of(vae: VAE | FaceVAE, x: Tensor) -> float:
+    """Return what the encoder tells of a row, nats: the mean KL of App. B, which is 0 where latents are dead."""
+    with torch.no_grad():
+        loc, log_variance = vae.encoder(x[:_EVALUATED_ROWS]).chunk(2, -1)
+        kl = (loc.square() + log_variance.exp() - log_variance - 1).sum(-1) / 2
+    return float(kl.double().mean())
+
+
 class Follower:
     """Take both bounds at log-spaced numbers of samples, into the fit's history and into a table that grows.
 
@@ -94,17 +113,23 @@ class Follower:
         if self.keeps_snapshots:
             write_state(snapshot_path(self.path, samples), self.vae.state_dict())
 
+    def state_dict(self) -> dict[str, float]:
+        """Return the time of training so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Count on from a time."""
+        self.seconds = state["seconds"]
+
     def _bounds(self) -> Row:
         """Take the bounds of training and test rows, and what else a point tells."""
         images = load_images(self.curve.data, self.curve.num_train)
         train = images.train[:_EVALUATED_ROWS]
         bounds = {"train_bound": bound_of(self.vae, train), "test_bound": bound_of(self.vae, images.test, seed=1)}
-        with torch.no_grad():
-            loc, log_variance = self.vae.encoder(train).chunk(2, -1)
-            # what the encoder tells of a row: the KL of App. B, whose mean is 0 where latents are dead
-            kl = (loc.square() + log_variance.exp() - log_variance - 1).sum(-1) / 2
-            bounds["train_kl"] = float(kl.double().mean())
-            if isinstance(self.vae, FaceVAE):
+        bounds["train_kl"] = divergence_of(self.vae, train)
+        if isinstance(self.vae, FaceVAE):
+            with torch.no_grad():
+                loc = self.vae.encoder(train).chunk(2, -1)[0]
                 bounds["least_scale"] = float(self.vae.decode(loc)[1].min())
         return bounds
 
@@ -114,7 +139,7 @@ def train_curve(curve: Curve, num_samples: int, state: Path, *, keeps_snapshots:
 
     Args:
         curve: The run.
-        num_samples: Training samples to reach, whole epochs.
+        num_samples: Training samples to reach, whole epochs; a curve that is as long or longer is left as it is.
         state: Directory of runs: checkpoints in a folder for each, beside it its table and its networks.
         keeps_snapshots: Whether to keep the networks of each point (:func:`snapshot_path`).
 
@@ -122,11 +147,14 @@ def train_curve(curve: Curve, num_samples: int, state: Path, *, keeps_snapshots:
         A row for each point: ``samples``, ``train_bound``, ``test_bound`` (nats a row), ``seconds`` of training.
     """
     path = state / f"{curve.name}.pt"
+    num_epochs = math.ceil(num_samples / curve.num_train)
+    done = read_table(path.with_suffix(".csv"))
+    if path.is_file() and done and done[-1]["samples"] >= num_epochs * curve.num_train:
+        return done
     vae = make_vae(curve, load_images(curve.data, curve.num_train).train.shape[1])
     rate = choose_rate(curve, min(_TRIAL_SAMPLES, num_samples), state)
     if keeps_snapshots:
         write_state(snapshot_path(path, 0), vae.state_dict())
-    num_epochs = math.ceil(num_samples / curve.num_train)
     follower = Follower(curve, vae, path, num_epochs, keeps_snapshots=keeps_snapshots)
     result = _fit(
         curve,
@@ -183,7 +211,18 @@ def _fit(curve: Curve, vae: VAE | FaceVAE, rate: float, *, num_epochs: int, **se
     settings = {"batch_size": BATCH_SIZE, "optimizer": make, "seed": curve.seed, "progress": False, **settings}
     result = vi.fit(x, num_epochs=num_epochs, **settings)
     sys.stderr.write(f"{curve.name}, rate {rate}: {num_epochs} epochs, {result}\n")
+    obey(result.stopped_by)
     return result
+
+
+def obey(stopped_by: str) -> None:
+    """End the program where Ctrl-C ended a fit, whose parameters are not those that were asked for.
+
+    Raises:
+        KeyboardInterrupt: As it was meant.
+    """
+    if stopped_by == "interrupt":
+        raise KeyboardInterrupt
 
 
 def snapshot_path(path: Path, samples: int) -> Path:

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,12 @@ _QUICK: dict[str, dict[str, Any]] = {
 _ROWS_AT_ONCE = 100
 
 
-def _path(job: Job, curve: Curve, samples: int, part: str, estimator: str) -> Path:
-    """Return where the rows of an estimate are kept."""
-    return job.state / "evidence" / f"{curve.name}_{samples}_{part}_{estimator}.csv"
+def _path(job: Job, network: Path, part: str, estimator: str) -> Path:
+    """Return where the rows of an estimate are kept: a network trained anew is another, unless its weights are the same."""
+    content, mark = torch.load(network, weights_only=True), 0
+    for name, value in sorted(content.items()):
+        mark = zlib.crc32(value.numpy().tobytes(), zlib.crc32(name.encode(), mark))
+    return job.state / "evidence" / f"{network.stem}_{mark:08x}_{part}_{estimator}.csv"
 
 
 def settings_of(job: Job, estimator: str) -> dict[str, Any]:
@@ -59,11 +63,12 @@ def weigh(job: Job, curve: Curve, samples: int, part: str, estimator: str, *, nu
     Returns:
         ``value``, ``standard_error`` (nats), ``is_flagged`` of each row in order.
     """
-    path = _path(job, curve, samples, part, estimator)
+    network = snapshots(curve, job.state)[samples]
+    path = _path(job, network, part, estimator)
     rows = read_table(path)
     if not job.trains or len(rows) >= num_rows:
         return rows[:num_rows]
-    vae = read_vae(curve, snapshots(curve, job.state)[samples])
+    vae = read_vae(curve, network)
     x = getattr(load_images(curve.data, curve.num_train), part)[:num_rows]
     while len(rows) < len(x):
         begin, place = time.perf_counter(), len(rows)
@@ -81,8 +86,8 @@ def weigh(job: Job, curve: Curve, samples: int, part: str, estimator: str, *, nu
     return rows
 
 
-def summarize(rows: list[Row]) -> Row:
-    """Return the mean over rows, its Monte Carlo error and the error of having few rows, nats."""
+def summarize(rows: list[Row], few: int) -> Row:
+    """Return the mean over rows, its Monte Carlo error and the error of having few rows, nats; and the mean of the first few."""
     value = torch.tensor([row["value"] for row in rows], dtype=torch.float64)
     error = torch.tensor([row["standard_error"] for row in rows], dtype=torch.float64)
     return {
@@ -90,16 +95,21 @@ def summarize(rows: list[Row]) -> Row:
         "mean": float(value.mean()),
         "monte_carlo_error": float(error.nan_to_num(0.0).square().sum().sqrt()) / len(rows),
         "rows_error": float(value.std()) / len(rows) ** 0.5 if len(rows) > 1 else 0.0,
+        "mean_of_first": float(value[:few].mean()),
+        "first": min(few, len(rows)),
         "flagged": sum(row["is_flagged"] for row in rows),
     }
 
 
 def compare(rows: list[Row], exact: list[Row]) -> Row:
-    """Return the mean difference over rows that neither flags with its Monte Carlo error, that over all, and the largest, nats."""
+    """Return the mean difference over rows that neither flags with its Monte Carlo error, that over all, and the largest, nats.
+
+    A row whose error is unknown has no part in the mean, as if it were flagged.
+    """
     pairs = list(zip(rows, exact, strict=False))
-    sound = [(a, b) for a, b in pairs if not (a["is_flagged"] or b["is_flagged"])]
+    sound = [(a, b) for a, b in pairs if not (a["is_flagged"] or b["is_flagged"] or math.isnan(a["standard_error"]))]
     kept = [a["value"] - b["value"] for a, b in sound]
-    noise = [a["standard_error"] ** 2 for a, _ in sound if not math.isnan(a["standard_error"])]
+    noise = [a["standard_error"] ** 2 for a, _ in sound]
     every = [a["value"] - b["value"] for a, b in pairs]
     return {
         "rows": len(pairs),

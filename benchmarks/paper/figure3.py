@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.paper.contenders import snapshots, train
+from benchmarks.paper.contenders import chosen_rate, snapshots, train
 from benchmarks.paper.evidence import compare, summarize, weigh
 from benchmarks.paper.pictures import COLOURS, panels, save
 from benchmarks.paper.settings import METHODS, Curve, Job
@@ -20,7 +20,8 @@ _POINTS = (1e5, 3e5, 1e6, 3e6)
 _POINT_ROWS = 100
 _ROWS = 1_000
 _QUICK_ROWS = 2
-_KEYS = ("method", "num_train", "samples", "part", "estimator")
+_KEYS = ("method", "num_train")
+"""A curve's rows replace all that the tables have of it: networks of other points may be gone."""
 
 
 def curves(job: Job) -> list[Curve]:
@@ -68,11 +69,14 @@ def _write(job: Job) -> None:
     """Write what the state holds."""
     means, differences = [], []
     for curve in curves(job):
+        rate = chosen_rate(curve, job.state)
         for samples in _points(curve, job):
             for part in ("test", "train"):
                 found = {name: weigh(_idle(job), curve, samples, part, name, num_rows=_ROWS) for name in _AT_THE_END}
-                place = {**curve.keys, "samples": samples, "part": part}
-                means += [{**place, "estimator": name, **summarize(rows)} for name, rows in found.items() if rows]
+                place = {**curve.keys, "rate": rate, "samples": samples, "part": part}
+                means += [
+                    {**place, "estimator": name, **summarize(rows, _POINT_ROWS)} for name, rows in found.items() if rows
+                ]
                 if found["quadrature"]:
                     differences += [
                         {**place, "estimator": name, **compare(rows, found["quadrature"])}
@@ -91,7 +95,7 @@ def _idle(job: Job) -> Job:
 
 
 def _draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw a panel for each number of training rows; the same 100 rows at every point."""
+    """Draw a panel for each number of training rows; every point is of the same first rows, as far as they are weighed."""
     numbers = sorted({row["num_train"] for row in rows})
     if not numbers:
         return
@@ -101,7 +105,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
         for method, name in METHODS.items():
             for part, style in (("test", "-"), ("train", "--")):
                 points = sorted(
-                    (row["samples"], row["mean"])
+                    (row["samples"], row["mean_of_first"])
                     for row in own
                     if (row["method"], row["part"], row["estimator"]) == (method, part, "bridge")
                 )

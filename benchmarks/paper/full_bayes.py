@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.optim import Adagrad
 
-from benchmarks.paper.curves import Adagrads, write_state
+from benchmarks.paper.curves import Adagrads, obey, write_state
 from benchmarks.paper.evidence import settings_of
 from benchmarks.paper.models import make_vae
 from benchmarks.paper.settings import BATCH_SIZE, INITIAL_SD, RATES, Curve, Job, load_images
@@ -92,7 +92,7 @@ def run(job: Job) -> None:
     """Train all three and write ``full_vb.csv``."""
     rows = read_table(job.state / "full_vb.csv")
     for kind in _KINDS if job.trains else ():
-        if not any(row["kind"] == kind and row["samples"] == job.samples(_SAMPLES) for row in rows):
+        if not any(row["kind"] == kind and row["samples"] >= job.samples(_SAMPLES) for row in rows):
             rows = merge(rows, [_measure(job, kind)], ("kind",))
             write_table(job.state / "full_vb.csv", rows)
             write_table(job.out / "full_vb.csv", rows)
@@ -160,6 +160,7 @@ def _train(curve: Curve, kind: str, rate: float, num_samples: int, **settings: A
         x, num_epochs=num_epochs, batch_size=BATCH_SIZE, optimizer=make, seed=curve.seed, progress=False, **settings
     )
     sys.stderr.write(f"full_vb, {kind}, rate {rate}: {result}\n")
+    obey(result.stopped_by)
     last = [record["bound"] for record in result.history[-10:]]
     return vae, sum(last) / len(last)
 

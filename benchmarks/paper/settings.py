@@ -18,6 +18,7 @@ __all__ = [
     "METHODS",
     "NUM_TRAIN",
     "RATES",
+    "SEEDS",
     "Curve",
     "Images",
     "Job",
@@ -29,6 +30,8 @@ BATCH_SIZE = 100
 """M of Algorithm 1; L is 1."""
 RATES = (0.01, 0.02, 0.1)
 """Adagrad's global steps, of which the first iterations choose one (section 5)."""
+SEEDS = range(3)
+"""Seeds of figure 2 that tables may hold; pictures show the first."""
 INITIAL_SD = 0.01
 """Standard deviation of every initial parameter; the author's later code reads "N(0, 0.01)" so."""
 GREY_LEVELS = 256
@@ -94,6 +97,7 @@ class Job:
         is_quick: Whether to take few rows, small networks and few samples, which says nothing about the paper.
         trains: Whether to train at all; otherwise tables and pictures are made of what the state holds.
         num_rows: Rows whose log p(x) is estimated; by default the part's own.
+        seed: Seed of figure 2's curves; pictures show the first.
     """
 
     state: Path
@@ -102,6 +106,7 @@ class Job:
     is_quick: bool = False
     trains: bool = True
     num_rows: int | None = None
+    seed: int = 0
 
     def shrink(self, curve: Curve) -> Curve:
         """Return the curve that a quick run has in its place."""

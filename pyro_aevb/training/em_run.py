@@ -173,6 +173,8 @@ class EMRun:
     def _epoch(self, plan: EMPlan, bar: "tqdm[Any]") -> None:
         """Visit every row once, or those that are left of an epoch."""
         state, begin = self.state, time.perf_counter() - self.state.seconds
+        if self._interruption.signal is not None:
+            return  # before an order is drawn that nobody follows
         order = torch.randperm(self.density.num_rows, generator=state.generator)
         for rows in order.split(self.source.batch_size or self.density.num_rows)[len(state.told) :]:
             if self._interruption.signal is not None:

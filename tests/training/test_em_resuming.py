@@ -157,6 +157,18 @@ def test_a_signal_waits_for_the_step_and_a_checkpoint_in_the_middle_of_an_epoch(
     assert_same(fit(model, checkpoint=tmp_path, resume=True), model, *whole)
 
 
+def test_a_signal_between_two_epochs(whole: tuple[EMResult, dict[str, Tensor]], tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    try:
+        result = fit(Noisy(), checkpoint=tmp_path, every=100, callbacks=[Stop(2, signal.SIGINT)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (result.stopped_by, result.num_steps) == ("interrupt", 6)
+    pyro.clear_param_store()
+    model = Noisy()
+    assert_same(fit(model, checkpoint=tmp_path, resume=True, callbacks=[Stop()]), model, *whole)
+
+
 def test_a_killed_fit_goes_on_from_the_last_file(whole: tuple[EMResult, dict[str, Tensor]], tmp_path: Path) -> None:
     """Files of later steps gone, as after a kill, an older one leads to the same end."""
     fit(Noisy(), num_epochs=3, checkpoint=tmp_path, every=1, keep=9)
