@@ -121,8 +121,9 @@ def _superfluous(rows: Sequence[Row]) -> list[str]:
     behind = few["test_bound"] - many["test_bound"]
     return [
         f"- Superfluous latents: after {at:,} samples the test bound of N_z = 200 is {many['test_bound']:.1f}, its training bound "
-        f"{many['train_bound']:.1f}, and the test bound of N_z = 20 {few['test_bound']:.1f}: {behind:+.1f} nats behind, "
-        f"{'not' if behind <= _CLOSE else 'which is'} more than {_CLOSE:.0f}."
+        f"{many['train_bound']:.1f}, and the test bound of N_z = 20 {few['test_bound']:.1f}: 200 are {abs(behind):.1f} nats "
+        f"{'ahead' if behind < 0 else 'behind, within' if behind <= _CLOSE else 'behind, more than'}"
+        f"{'' if behind < 0 else f' {_CLOSE:.0f}'}."
     ]
 
 
