@@ -158,8 +158,8 @@ def distribute(module: ObjectiveModule, contents: Contents, path: Path, setting:
     header, tensors = contents
     if "fit" not in header:
         raise FileError(
-            f"{path} is no checkpoint of AEVB.fit: it holds a program, not a fit, which AEVB.load reads, or a fit by Monte Carlo EM. "
-            f"Give an empty folder."
+            f"{path} is no checkpoint of AEVB.fit: it holds a program, not a fit, which AEVB.load reads, or a fit by Monte Carlo "
+            f"EM. Give an empty folder."
         )
     if difference := explain_difference(module.structure, header):
         raise FileError(
