@@ -121,6 +121,36 @@ def test_bounds_of_curves_are_those_of_the_hand_written_autoencoder() -> None:
     assert part("curves").bound_of(vae, x, seed=3) == pytest.approx(float(ours[3]), rel=1e-6)
 
 
+def test_what_the_encoder_tells_is_its_divergence_from_the_prior() -> None:
+    vae = part("models").make_vae(curve(hidden=20, latent=4), 30)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.mul_(50)
+    x = torch.rand(500, 30, generator=torch.manual_seed(0))
+    with torch.no_grad():
+        loc, log_variance = vae.encoder(x).chunk(2, -1)
+        expected = kl_divergence(Normal(loc, (log_variance / 2).exp()), Normal(0.0, 1.0)).sum(-1).mean()
+    assert part("curves").divergence_of(vae, x) == pytest.approx(float(expected), rel=1e-5)
+    assert expected > 0.5
+
+
+def test_evidence_belongs_to_the_weights_and_not_to_the_name_of_a_network(tmp_path: Path) -> None:
+    """Rows that were weighed under other weights are not taken for those of a network trained anew."""
+    evidence, write = part("evidence"), part("tables").write_table
+    job, own = part("settings").Job(tmp_path, tmp_path, trains=False), curve()
+    network = tmp_path / f"{own.name}_100.pt"
+    vae = part("models").make_vae(own, 784)
+    torch.save(vae.state_dict(), network)
+    rows = [{"value": -1.0, "standard_error": 0.1, "is_flagged": 0}]
+    write(evidence._path(job, network, "test", "bridge"), rows)
+    assert evidence.weigh(job, own, 100, "test", "bridge", num_rows=1) == rows
+    assert evidence.weigh(job, own, 100, "train", "bridge", num_rows=1) == []
+    with torch.no_grad():
+        vae.decoder[2].bias[3] += 1e-6
+    torch.save(vae.state_dict(), network)
+    assert evidence.weigh(job, own, 100, "test", "bridge", num_rows=1) == []
+
+
 def test_the_best_bound_counts_up_to_the_samples_of_both() -> None:
     rows = [row("aevb", 100, -9.0), row("aevb", 200, -8.0), row("aevb", 300, -5.0), row("aevb", 200, -1.0, seed=1)]
     rows += [row("wake_sleep", 100, -7.0), row("wake_sleep", 200, -7.5), row("aevb", 300, -2.0, latent=3)]

@@ -5,6 +5,7 @@ chains by one HMC trajectory (E), and makes some updates of the parameters with 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pyro_aevb.randomness import seeded
 from pyro_aevb.training.checkpoint import Checkpoints
 from pyro_aevb.training.data import Batch, as_source
 from pyro_aevb.training.em_run import EMPlan, EMRun, EMSettings
-from pyro_aevb.training.fit_settings import check_checkpoint, check_makers
+from pyro_aevb.training.fit_settings import check_checkpoint, check_makers, check_together
 from pyro_aevb.training.result import EMEpochEnd, EMResult
 from pyro_aevb.training.stepper import OptimizerMaker
 
@@ -147,9 +148,12 @@ class MonteCarloEM:
             NonFiniteError: If log p(x, z) or its gradient is NaN or infinite; the parameters are those before that update.
         """
         check_count("num_epochs", num_epochs)
-        check_makers(None, None, callbacks)
+        check_makers(optimizer, None, callbacks)
+        check_together(optimizer, learning_rate)
         check_checkpoint(checkpoint, every, keep, resume=resume)
-        make = _optimizer_maker(optimizer, learning_rate)
+        rate = _ADAGRAD_RATE if learning_rate is None else learning_rate
+        check_positive("learning_rate", rate)
+        make = optimizer or partial(Adagrad, lr=rate)
         source = as_source(data, batch_size)
         whole = source.whole()
         if whole is None or source.batch_size is None:
@@ -195,20 +199,3 @@ class MonteCarloEM:
 
 def _no_guide(*args: Any, **kwargs: Any) -> None:
     """Sample nothing."""
-
-
-def _optimizer_maker(optimizer: OptimizerMaker | None, learning_rate: float | None) -> OptimizerMaker:
-    """Return the given maker or that of Adagrad."""
-    if optimizer is None:
-        rate = _ADAGRAD_RATE if learning_rate is None else learning_rate
-        check_positive("learning_rate", rate)
-        return lambda parameters: Adagrad(parameters, lr=rate)
-    if learning_rate is not None:
-        raise SettingError(
-            "learning_rate belongs to the default optimizer; give it to your own with functools.partial."
-        )
-    if not callable(optimizer):
-        raise SettingError(
-            f"optimizer must be a callable of the parameters, such as torch.optim.Adam; got {optimizer!r}."
-        )
-    return optimizer

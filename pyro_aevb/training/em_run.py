@@ -115,15 +115,14 @@ class EMRun:
 
     def run(self, plan: EMPlan) -> EMResult:
         """Take steps until the epochs are done, a callback says so, or a signal comes."""
-        result, begin, steps_before = self.result, time.perf_counter(), 0
+        result = self.result
         modes = [(module, module.training) for module in self.program.modules()]
         signals: Any = nullcontext() if plan.checkpoints is None else self._interruption
         folder: Any = nullcontext() if plan.checkpoints is None else plan.checkpoints.locked()
         try:
             with signals, folder, self._running(), self._bar(plan) as bar:
                 self._continue(plan)
-                steps_before = result.num_steps
-                bar.update(steps_before)
+                bar.update(result.num_steps)
                 self.program.train()
                 self._epochs(plan, bar)
                 self._save(plan)
@@ -132,7 +131,8 @@ class EMRun:
         finally:
             for module, mode in modes:
                 module.training = mode
-            result.seconds_per_step = (time.perf_counter() - begin) / max(1, result.num_steps - steps_before)
+            seconds = sum(record["seconds"] for record in result.history) + self.state.seconds
+            result.seconds_per_step = seconds / max(1, result.num_steps)
             result.chains = self.state.chains[0]
             self.program.write_param_store()
         self._interruption.obey()

@@ -49,7 +49,9 @@ def check_makers(optimizer: Any, schedule: Any, callbacks: Any) -> None:
             f"lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10). Got {_name(schedule)}."
         )
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
-        raise SettingError(f"callbacks must be a list of functions of an EpochEnd, got {_name(callbacks)}.")
+        raise SettingError(
+            f"callbacks must be a list of functions, which get the end of each epoch; got {_name(callbacks)}."
+        )
 
 
 def make_schedule(schedule: Any, optimizer: Optimizer) -> LRScheduler | None:
@@ -60,7 +62,7 @@ def make_schedule(schedule: Any, optimizer: Optimizer) -> LRScheduler | None:
     return made
 
 
-def check_together(optimizer: Any, learning_rate: Any, patience: Any, validation: Any) -> None:
+def check_together(optimizer: Any, learning_rate: Any, patience: Any = None, validation: Any = None) -> None:
     """Refuse settings that exclude or need each other."""
     if optimizer is not None and learning_rate is not None:
         raise SettingError(

@@ -16,7 +16,20 @@ __all__ = ["EMEpochEnd", "EMResult", "EpochEnd", "FitResult"]
 
 
 @dataclass
-class FitResult:
+class _Told:
+    """What every fit tells of its epochs."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return the history as a data frame, one row per epoch."""
+        import pandas as pd
+
+        return pd.DataFrame(self.history)
+
+
+@dataclass
+class FitResult(_Told):
     """What happened during a fit.
 
     Attributes:
@@ -33,7 +46,6 @@ class FitResult:
         module: Model, guide and objective with their parameters.
     """
 
-    history: list[dict[str, float]] = field(default_factory=list)
     num_steps: int = 0
     num_skipped: int = 0
     stopped_by: str = "epochs"
@@ -42,12 +54,6 @@ class FitResult:
     execution: str = ""
     seconds_to_compile: float = 0.0
     module: ObjectiveModule | None = None
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """Return the history as a data frame, one row per epoch."""
-        import pandas as pd
-
-        return pd.DataFrame(self.history)
 
     def __repr__(self) -> str:
         """Tell in one line how the fit went."""
@@ -78,7 +84,7 @@ class EpochEnd:
 
 
 @dataclass
-class EMResult:
+class EMResult(_Told):
     """What happened during Monte Carlo EM.
 
     Attributes:
@@ -92,19 +98,12 @@ class EMResult:
         program: The model's parameters.
     """
 
-    history: list[dict[str, float]] = field(default_factory=list)
     num_steps: int = 0
     num_updates: int = 0
     stopped_by: str = "epochs"
     seconds_per_step: float = float("nan")
     chains: Float[Tensor, "rows latent"] | None = None
     program: Program | None = None
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """Return the history as a data frame, one row per epoch."""
-        import pandas as pd
-
-        return pd.DataFrame(self.history)
 
     def __repr__(self) -> str:
         """Tell in one line how it went."""

@@ -133,7 +133,6 @@ def test_a_mode_that_the_guide_misses_is_found_by_the_audit():
     assert ((right.value - by_quadrature(x)).abs() < 4 * right.standard_error).all()
 
 
-@pytest.mark.slow
 def test_a_mode_that_the_guide_misses_is_found_in_rows_that_are_not_audited():
     x = torch.linspace(1.5, 2.5, 40, dtype=torch.float64)
     settings = {"num_chains": 64, "num_temperatures": 50, "num_leapfrog": 3}
