@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.curves import Adagrads, obey, snapshot_path, train_curve, write_state
+from benchmarks.paper.curves import Adagrads, Clock, obey, snapshot_path, train_curve, write_state
 from benchmarks.paper.models import FaceVAE, make_vae
 from benchmarks.paper.settings import BATCH_SIZE, RATES, Curve, due, load_images
 from benchmarks.paper.tables import read_table, write_table
@@ -39,7 +39,7 @@ def snapshots(curve: Curve, state: Path) -> dict[int, Path]:
     return {int(samples): found[samples] for samples in sorted(filter(str.isdigit, found), key=int)}
 
 
-class _Follower:
+class _Follower(Clock):
     """Keep the networks after the epochs in which a point of the grid lies.
 
     Args:
@@ -51,7 +51,6 @@ class _Follower:
 
     def __init__(self, curve: Curve, vae: VAE | FaceVAE, path: Path, last: int) -> None:
         self.curve, self.vae, self.path, self.last = curve, vae, path, last
-        self.seconds = 0.0
 
     def __call__(self, event: EMEpochEnd) -> None:
         """Follow one epoch."""
@@ -59,14 +58,6 @@ class _Follower:
         self.seconds += event.record["seconds"]
         if due(samples, self.curve.num_train) or event.epoch == self.last:
             write_state(snapshot_path(self.path, samples), self.vae.state_dict())
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the time of training so far."""
-        return {"seconds": self.seconds}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Count on from a time."""
-        self.seconds = state["seconds"]
 
 
 def batch_size(curve: Curve) -> int:

@@ -22,6 +22,7 @@ from pyro_aevb.training.loop import EpochEnd, FitResult
 
 __all__ = [
     "Adagrads",
+    "Clock",
     "Follower",
     "bound_of",
     "choose_rate",
@@ -84,7 +85,21 @@ def divergence_of(vae: VAE | FaceVAE, x: Tensor) -> float:
     return float(kl.double().mean())
 
 
-class Follower:
+class Clock:
+    """Count the seconds of training, over interruptions too: a callback whose state checkpoints keep."""
+
+    seconds = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the time of training so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Count on from a time."""
+        self.seconds = state["seconds"]
+
+
+class Follower(Clock):
     """Take both bounds at log-spaced numbers of samples, into the fit's history and into a table that grows.
 
     Args:
@@ -97,7 +112,6 @@ class Follower:
 
     def __init__(self, curve: Curve, vae: VAE | FaceVAE, path: Path, last: int, *, keeps_snapshots: bool) -> None:
         self.curve, self.vae, self.path, self.last, self.keeps_snapshots = curve, vae, path, last, keeps_snapshots
-        self.seconds = 0.0
 
     def __call__(self, event: EpochEnd) -> None:
         """Follow one epoch."""
@@ -112,14 +126,6 @@ class Follower:
         write_state(self.path, self.vae.state_dict())
         if self.keeps_snapshots:
             write_state(snapshot_path(self.path, samples), self.vae.state_dict())
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the time of training so far."""
-        return {"seconds": self.seconds}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Count on from a time."""
-        self.seconds = state["seconds"]
 
     def _bounds(self) -> Row:
         """Take the bounds of training and test rows, and what else a point tells."""
