@@ -41,7 +41,7 @@ def check_makers(optimizer: Any, schedule: Any, callbacks: Any) -> None:
     if isinstance(optimizer, (Optimizer, PyroOptim)) or not (optimizer is None or callable(optimizer)):
         raise SettingError(
             f"optimizer must be a callable that takes parameters and returns a torch optimizer, for the fit makes the parameters: "
-            f"lambda parameters: torch.optim.Adam(parameters, lr=1e-3). Got {_name(optimizer)}."
+            f"lambda parameters: torch.optim.Adam(parameters, lr=1e-3); got {_name(optimizer)}."
         )
     if isinstance(schedule, LRScheduler) or not (schedule is None or callable(schedule)):
         raise SettingError(
