@@ -42,12 +42,12 @@ def part(name: str) -> Any:
 
 
 def curve(**changes: Any) -> Any:
-    settings = {"data": "mnist", "latent": 3, "method": "aevb", "hidden": 12, "num_train": 400, "seed": 0}
+    settings = {"data": "mnist", "latent": 3, "method": "aevb", "hidden": 12, "num_train": 400}
     return part("settings").Curve(**{**settings, **changes})
 
 
 def row(method: str, samples: int, bound: float, **changes: Any) -> dict[str, Any]:
-    found = {"data": "mnist", "latent": 20, "method": method, "seed": 0, "samples": samples}
+    found = {"data": "mnist", "latent": 20, "method": method, "seed": 0, "initial_sd": 0.01, "samples": samples}
     return {**found, "test_bound": bound, "train_bound": bound + 1, "seconds": 1.0, "rate": 0.01, **changes}
 
 
@@ -240,7 +240,7 @@ def test_draws_of_the_weights_decode_as_each_draw_alone() -> None:
 def test_the_page_without_tables_says_so(tmp_path: Path) -> None:
     part("page").write(tmp_path)
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert page.count("No run of this part is in the tables yet.") == 6
+    assert page.count("No run of this part is in the tables yet.") == 7
 
 
 def test_the_page_tells_of_exceptions_and_of_partial_curves(tmp_path: Path) -> None:
@@ -278,6 +278,36 @@ def test_the_page_tells_of_seeds_and_of_latents_that_stay_dead(tmp_path: Path) -
     assert f"- By seed: Frey Face, N_z = 5, {gaps}" in page
     assert "N_z = 5 to the end, 3,000,000 samples." in page
     assert "the test bound is highest, 700, after 3,000,000 samples" in page  # of the first seed
+
+
+def test_the_page_tells_what_a_wider_start_changes(tmp_path: Path) -> None:
+    settings = {"data": "frey", "latent": 5, "hidden": 200, "num_train": 1_600, "train_kl": 8.0, "least_scale": 0.004}
+    rows = [
+        row(method, samples, bound + samples / 1e5, initial_sd=initial_sd, **settings)
+        for method, initial_sd, bound in (
+            ("aevb", 0.01, 700.0),
+            ("wake_sleep", 0.01, 577.0),
+            ("aevb", 0.1, 690.0),
+            ("wake_sleep", 0.1, 660.0),
+        )
+        for samples in (1_000_000, 3_000_000)[: 1 if (method, initial_sd) == ("wake_sleep", 0.1) else 2]
+    ]
+    part("tables").write_table(tmp_path / "figure2.csv", rows)
+    part("page").write(tmp_path)
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    first, other = page.split("### The same with N(0, 0.01) for a standard deviation of 0.1")
+    assert "| Frey Face, N_z = 5 | 3,000,000 | 730.0 (731.0) | 607.0 (608.0) | +123.0 |" in first
+    assert "| Frey Face, N_z = 5 | 1,000,000 (partial) | 700.0 (701.0) | 670.0 (671.0) | +30.0 |" in other
+    assert "of both: Frey Face, N_z = 5, -10.0 (3,000,000)." in other  # AEVB
+    assert "of both: Frey Face, N_z = 5, +83.0 (1,000,000)." in other  # wake-sleep
+
+
+def test_runs_of_other_starts_have_names_and_weights_of_their_own() -> None:
+    make, narrow, wide = part("models").make_vae, curve(), curve(initial_sd=0.1)
+    assert narrow.name != wide.name
+    assert wide.keys["initial_sd"] == 0.1
+    for few, many in zip(make(narrow, 784).parameters(), make(wide, 784).parameters(), strict=True):
+        torch.testing.assert_close(10 * few, many)
 
 
 def evidence_row(estimator: str, mean: float, **changes: Any) -> dict[str, Any]:

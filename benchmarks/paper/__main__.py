@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.paper import after, figure2, figure3, full_bayes, manifolds, page, variance
-from benchmarks.paper.settings import SEEDS, Job
+from benchmarks.paper.settings import INITIAL_SD, INITIAL_SDS, SEEDS, Job
 
 __all__ = ["PARTS", "main"]
 
@@ -52,11 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draw", action="store_true", help="train nothing, write what the state holds")
     parser.add_argument("--rows", type=int, help="rows whose log p(x) is estimated; by default the part's own")
     parser.add_argument("--seed", type=int, default=0, choices=SEEDS, help="seed of figure 2's curves; pictures show 0")
+    parser.add_argument(
+        "--initial-sd",
+        type=float,
+        default=INITIAL_SD,
+        choices=INITIAL_SDS,
+        help='what "N(0, 0.01)" is taken for in figure 2: a standard deviation of 0.01, or with 0.1 a variance',
+    )
     options = parser.parse_args(arguments)
     if options.quick and options.out == parser.get_default("out"):
         parser.error("a quick run says nothing about the paper: give it an --out of its own")
     samples = None if options.samples is None else int(options.samples)
-    settings = {"trains": not options.draw, "num_rows": options.rows, "seed": options.seed}
+    settings = {name: getattr(options, name) for name in ("seed", "initial_sd")}
+    settings |= {"trains": not options.draw, "num_rows": options.rows}
     job = Job(options.state, options.out, samples, options.quick, **settings)
     for name in PARTS if "all" in options.parts else options.parts:
         begin = time.perf_counter()

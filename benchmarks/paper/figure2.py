@@ -6,10 +6,21 @@ from pathlib import Path
 
 from benchmarks.paper.curves import divergence_of, read_vae, train_curve
 from benchmarks.paper.pictures import draw_both, panels, save
-from benchmarks.paper.settings import HIDDEN, LATENTS, METHODS, NUM_TRAIN, SEEDS, Curve, Job, load_images
+from benchmarks.paper.settings import (
+    HIDDEN,
+    INITIAL_SD,
+    INITIAL_SDS,
+    LATENTS,
+    METHODS,
+    NUM_TRAIN,
+    SEEDS,
+    Curve,
+    Job,
+    load_images,
+)
 from benchmarks.paper.tables import Row, merge, read_table, write_table
 
-__all__ = ["Best", "best_bounds", "curves", "run"]
+__all__ = ["Best", "best_bounds", "curves", "picture_of", "run"]
 
 Best = dict[tuple[str, int, str], tuple[float, int]]
 """``{(data, latent, method): (bound, samples of both methods)}``."""
@@ -19,7 +30,7 @@ _MORE_SAMPLES = 1e7
 """For MNIST with 20 latents."""
 _QUICK_LATENTS = {"mnist": (3, 20), "frey": (2,)}
 _SHOWN_FROM = 3e4
-_KEYS = ("data", "latent", "method", "seed")
+_KEYS = ("data", "latent", "method", "initial_sd", "seed")
 _NAMES = {"mnist": "MNIST", "frey": "Frey Face"}
 
 
@@ -27,7 +38,7 @@ def curves(job: Job) -> list[Curve]:
     """List the curves of the figure, those first that say most."""
     latents = _QUICK_LATENTS if job.is_quick else {"mnist": (20, 3, 5, 10, 200), "frey": LATENTS["frey"]}
     return [
-        job.shrink(Curve(data, latent, method, HIDDEN[data], NUM_TRAIN[data], job.seed))
+        job.shrink(Curve(data, latent, method, HIDDEN[data], NUM_TRAIN[data], job.seed, job.initial_sd))
         for data in ("mnist", "frey")
         for latent in latents[data]
         for method in ("aevb", "wake_sleep")
@@ -54,7 +65,8 @@ def _write(job: Job) -> None:
     rows = merge(read_table(job.out / "figure2.csv"), rows, _KEYS)
     write_table(job.out / "figure2.csv", sorted(rows, key=lambda row: (*(row[key] for key in _KEYS), row["samples"])))
     write_table(job.out / "rates.csv", merge(read_table(job.out / "rates.csv"), rates, _KEYS))
-    _draw(rows, job.out / "figure2.png")
+    for initial_sd in INITIAL_SDS:
+        _draw([row for row in rows if row["initial_sd"] == initial_sd], job.out / picture_of(initial_sd))
 
 
 def _with_divergence(curve: Curve, path: Path) -> list[Row]:
@@ -66,8 +78,13 @@ def _with_divergence(curve: Curve, path: Path) -> list[Row]:
 
 
 def _known_curves(job: Job) -> list[Curve]:
-    """List the figure's curves under every seed that the state holds."""
-    return [replace(curve, seed=seed) for curve in curves(job) for seed in SEEDS]
+    """List the figure's curves under every start and seed that the state may hold."""
+    return [replace(curve, seed=s, initial_sd=sd) for curve in curves(job) for sd in INITIAL_SDS for s in SEEDS]
+
+
+def picture_of(initial_sd: float) -> str:
+    """Name the picture of the curves that start so."""
+    return "figure2.png" if initial_sd == INITIAL_SD else f"figure2_sd{initial_sd}.png"
 
 
 def best_bounds(rows: Sequence[Row], *, part: str = "test", seed: int = 0) -> Best:

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from benchmarks.paper.settings import INITIAL_SD, Curve
+from benchmarks.paper.settings import Curve
 from benchmarks.programs import VAE
 
 __all__ = ["LEAST_SCALE", "FaceVAE", "make_vae"]
@@ -51,10 +51,10 @@ class FaceVAE(nn.Module):
 
 
 def make_vae(curve: Curve, pixels: int) -> VAE | FaceVAE:
-    """Make a curve's networks, every parameter drawn from N(0, 0.01) under the curve's seed (section 5)."""
+    """Make a curve's networks, every parameter drawn from N(0, 0.01) as the curve reads it, under its seed (section 5)."""
     generator = torch.Generator().manual_seed(curve.seed)
     vae = (VAE if curve.is_grey else FaceVAE)(pixels, curve.hidden, curve.latent)
     with torch.no_grad():
         for parameter in vae.parameters():
-            parameter.normal_(0.0, INITIAL_SD, generator=generator)
+            parameter.normal_(0.0, curve.initial_sd, generator=generator)
     return vae

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.paper.markdown import NAMES, command, missing, table
 from benchmarks.paper.models import LEAST_SCALE
-from benchmarks.paper.page_bounds import figure2, rates
+from benchmarks.paper.page_bounds import figure2, other_start, rates
 from benchmarks.paper.page_evidence import figure3
 from benchmarks.paper.settings import RATES, Job
 from benchmarks.paper.tables import read_table
@@ -27,7 +27,7 @@ def run(job: Job) -> None:
 
 def write(out: Path) -> None:
     """Write the page of a directory of tables."""
-    sections = (figure2, rates, figure3, _pictures, _variance, _full_bayes, _after)
+    sections = (figure2, other_start, rates, figure3, _pictures, _variance, _full_bayes, _after)
     lines = [line for section in sections for line in ["", *section(out)]]
     (out / "README.md").write_text("\n".join([*_preface(), *lines, *_differences()]) + "\n", encoding="utf-8")
 
@@ -63,7 +63,7 @@ def _preface() -> list[str]:
         "| optimizer | Adagrad; the step of "
         + ", ".join(map(str, RATES))
         + " with the best training bound after the first 50,000 samples | Adagrad; the same three, by the first iterations |",
-        "| first parameters | N(0, 0.01), 0.01 the standard deviation, biases too | N(0, 0.01) |",
+        "| first parameters | N(0, 0.01), 0.01 the standard deviation if nothing else is said, biases too | N(0, 0.01) |",
         "| prior of weights | N(0, I) on weight matrices, not on biases, as weight decay 1 of a loss summed over the data; in the "
         "sleep phase, a sum over the dreams of a batch, the encoder's decay is M / N | N(0, I), as weight decay |",
         "| MNIST | grey levels as Bernoulli means; first 50,000 train, 10,000 test | not said; 50,000 in figure 3 |",

@@ -14,6 +14,7 @@ __all__ = [
     "GREY_LEVELS",
     "HIDDEN",
     "INITIAL_SD",
+    "INITIAL_SDS",
     "LATENTS",
     "METHODS",
     "NUM_TRAIN",
@@ -34,6 +35,8 @@ SEEDS = range(3)
 """Seeds of figure 2 that tables may hold; pictures show the first."""
 INITIAL_SD = 0.01
 """Standard deviation of every initial parameter; the author's later code reads "N(0, 0.01)" so."""
+INITIAL_SDS = (INITIAL_SD, 0.1)
+"""What "N(0, 0.01)" may stand for: as a variance it is a standard deviation of 0.1. Tables may hold both."""
 GREY_LEVELS = 256
 """Frey Face is divided by this, so that its densities are those of the author's own code."""
 LATENTS = {"mnist": (3, 5, 10, 20, 200), "frey": (2, 5, 10, 20)}
@@ -59,6 +62,7 @@ class Curve:
         hidden: Hidden units on either side.
         num_train: Training rows, the first of the data set.
         seed: Seed of weights, order and noise.
+        initial_sd: Standard deviation of every initial parameter.
     """
 
     data: str
@@ -67,12 +71,14 @@ class Curve:
     hidden: int
     num_train: int
     seed: int = 0
+    initial_sd: float = INITIAL_SD
 
     @property
     def name(self) -> str:
         """Say in a file's name which run it is."""
         seed = f"_seed{self.seed}" if self.seed else ""
-        return f"{self.data}_z{self.latent}_h{self.hidden}_n{self.num_train}_{self.method}{seed}"
+        start = f"_sd{self.initial_sd}" if self.initial_sd != INITIAL_SD else ""
+        return f"{self.data}_z{self.latent}_h{self.hidden}_n{self.num_train}_{self.method}{start}{seed}"
 
     @property
     def is_grey(self) -> bool:
@@ -80,9 +86,9 @@ class Curve:
         return self.data == "mnist"
 
     @property
-    def keys(self) -> dict[str, str | int]:
+    def keys(self) -> dict[str, str | int | float]:
         """Say in a table's row which run it is."""
-        names = ("data", "latent", "method", "hidden", "num_train", "seed")
+        names = ("data", "latent", "method", "hidden", "num_train", "seed", "initial_sd")
         return {name: getattr(self, name) for name in names}
 
 
@@ -98,6 +104,7 @@ class Job:
         trains: Whether to train at all; otherwise tables and pictures are made of what the state holds.
         num_rows: Rows whose log p(x) is estimated; by default the part's own.
         seed: Seed of figure 2's curves; pictures show the first.
+        initial_sd: Standard deviation of their initial parameters; each has a picture of its own.
     """
 
     state: Path
@@ -107,6 +114,7 @@ class Job:
     trains: bool = True
     num_rows: int | None = None
     seed: int = 0
+    initial_sd: float = INITIAL_SD
 
     def shrink(self, curve: Curve) -> Curve:
         """Return the curve that a quick run has in its place."""
