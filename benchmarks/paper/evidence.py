@@ -34,6 +34,8 @@ _QUICK: dict[str, dict[str, Any]] = {
     "quadrature": {"max_evaluations": 60_000, "compile": False},
 }
 _ROWS_AT_ONCE = 100
+_FAR = 0.5
+"""Nats that a row may be off without a flag, unless its error says so: an error above it flags the row."""
 
 
 def _path(job: Job, network: Path, part: str, estimator: str) -> Path:
@@ -104,7 +106,8 @@ def summarize(rows: list[Row], few: int) -> Row:
 def compare(rows: list[Row], exact: list[Row]) -> Row:
     """Return the mean difference over rows that neither flags with its Monte Carlo error, that over all, and the largest, nats.
 
-    A row whose error is unknown has no part in the mean, as if it were flagged.
+    A row whose error is unknown has no part in the mean, as if it were flagged. ``misses`` are rows that no flag tells of, further
+    off than half a nat and than four standard errors.
     """
     pairs = list(zip(rows, exact, strict=False))
     sound = [(a, b) for a, b in pairs if not (a["is_flagged"] or b["is_flagged"] or math.isnan(a["standard_error"]))]
@@ -118,4 +121,5 @@ def compare(rows: list[Row], exact: list[Row]) -> Row:
         "monte_carlo_error": math.sqrt(sum(noise)) / len(kept) if kept else math.nan,
         "difference_all": sum(every) / len(every),
         "largest": max(every, key=abs),
+        "misses": sum(abs(a["value"] - b["value"]) > max(_FAR, 4 * a["standard_error"]) for a, b in sound),
     }
