@@ -25,6 +25,7 @@ from pyro_aevb.evidence.result import Bound, LogMarginal
 from pyro_aevb.evidence.rules import rate
 from pyro_aevb.mcmc.hmc import value_and_gradient
 from pyro_aevb.program.density import LogDensity
+from pyro_aevb.program.rows import CHUNK_DRAWS
 from pyro_aevb.program.settings import check_count
 
 __all__ = ["Integral", "Quadrature", "integrate"]
@@ -51,8 +52,8 @@ _MAX_GROWTHS = 24
 _MIN_EVALUATIONS = 50_000
 _DRAWS_PER_ROW = 5000
 """Cells kept in memory count as so many draws: ten rows at once."""
-_PIECE = 4096
-"""Densities evaluated at once: what a wide likelihood makes of more of them leaves the caches, at half the speed."""
+_CACHED_NUMBERS = 3_000_000
+"""Numbers of a likelihood's intermediate results at once: more of them leave the caches, at half the speed."""
 
 Target = Callable[[Tensor], Tensor]
 """From ``[cells, rows, D]`` to log densities ``[cells, rows]``."""
@@ -96,6 +97,22 @@ class _Cells(NamedTuple):
         return self.log_mass == -math.inf
 
 
+class _Box(NamedTuple):
+    """Where to integrate, and how.
+
+    Attributes:
+        low: Lower corner of each row's box, in float64.
+        width: Its width.
+        dtype: Type that the target takes.
+        piece: Densities that are evaluated at once.
+    """
+
+    low: Float[Tensor, "rows latent"]
+    width: Float[Tensor, "rows latent"]
+    dtype: torch.dtype
+    piece: int
+
+
 def integrate(
     target: Target,
     low: Float[Tensor, "rows latent"],
@@ -103,6 +120,7 @@ def integrate(
     *,
     tolerance: float = 0.01,
     max_evaluations: int = 300_000,
+    piece: int = CHUNK_DRAWS,
 ) -> Integral:
     r"""Integrate a density of each row over a box of its own, on a grid that follows the mass.
 
@@ -120,6 +138,7 @@ def integrate(
         high: Upper corner.
         tolerance: A row is settled when its change is below.
         max_evaluations: Densities (with gradients) evaluated for each row at most; memory grows in proportion.
+        piece: Densities evaluated at once, of all rows together.
 
     Returns:
         Value, change and tails. A row that did not settle has the change of its last round.
@@ -131,7 +150,7 @@ def integrate(
         True
     """
     dim = low.shape[-1]
-    box = (low.double(), (high - low).double(), low.dtype)
+    box = _Box(low.double(), (high - low).double(), low.dtype, piece)
     cells = _root(target, box)
     result = _assess(cells, box)
     is_done = _is_done(result, tolerance)
@@ -151,13 +170,9 @@ def integrate(
     return result
 
 
-Box = tuple[Float[Tensor, "rows latent"], Float[Tensor, "rows latent"], torch.dtype]
-"""Lower corner and width of each row's box, in float64, and the type that the target takes."""
-
-
-def _root(target: Target, box: Box) -> _Cells:
+def _root(target: Target, box: _Box) -> _Cells:
     """Cover the box by the first grid."""
-    low, width, _ = box
+    low, width = box.low, box.width
     dim = low.shape[-1]
     axis = (torch.arange(_GRID[dim], dtype=low.dtype, device=low.device) + 0.5) / _GRID[dim]
     places = torch.cartesian_prod(*[axis] * dim).reshape(-1, 1, dim)
@@ -174,9 +189,9 @@ def _neighbours(values: Float[Tensor, "cells rows"], dim: int) -> Float[Tensor, 
     return pool(grid, kernel_size=3, stride=1, padding=1).flatten(1).T
 
 
-def _refine(target: Target, box: Box, cells: _Cells) -> _Cells:
+def _refine(target: Target, box: _Box, cells: _Cells) -> _Cells:
     """Halve the cells of the highest scores along each axis."""
-    _, width, _ = box
+    width = box.width
     dim = width.shape[-1]
     chosen = cells.score.T.contiguous().topk(_SPLIT[dim], -1).indices.T
     signs = torch.tensor(list(product((-0.25, 0.25), repeat=dim)), dtype=width.dtype, device=width.device)
@@ -194,14 +209,14 @@ def _refine(target: Target, box: Box, cells: _Cells) -> _Cells:
 
 def _evaluate(
     target: Target,
-    box: Box,
+    box: _Box,
     centre: Float[Tensor, "cells rows latent"],
     depth: Float[Tensor, "cells rows"],
     log_parent: Float[Tensor, "parents rows"],
 ) -> _Cells:
     """Evaluate density and slope at the midpoints, in pieces that bound the memory."""
     size = _size(box, depth)
-    pieces = centre.to(box[2]).split(max(1, _PIECE // centre.shape[1]))
+    pieces = centre.to(box.dtype).split(max(1, box.piece // centre.shape[1]))
     values, gradients = zip(*(value_and_gradient(target, piece) for piece in pieces), strict=True)
     log_mass = torch.cat(values).double().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf) + size.log().sum(
         -1
@@ -232,15 +247,15 @@ def _log_sinhc(x: Tensor) -> Tensor:
     return torch.where(x < 1e-2, x.square() / 6, safe + (-torch.expm1(-2 * safe) / (2 * safe)).log())
 
 
-def _size(box: Box, depth: Float[Tensor, "cells rows"]) -> Float[Tensor, "cells rows latent"]:
+def _size(box: _Box, depth: Float[Tensor, "cells rows"]) -> Float[Tensor, "cells rows latent"]:
     """Return the widths of cells."""
-    _, width, _ = box
+    width = box.width
     return width / _GRID[width.shape[-1]] * torch.exp2(-depth)[..., None]
 
 
-def _assess(cells: _Cells, box: Box) -> Integral:
+def _assess(cells: _Cells, box: _Box) -> Integral:
     """Add the cells up."""
-    low, width, _ = box
+    low, width = box.low, box.width
     value = cells.log_mass.logsumexp(0)
     is_undivided = cells.depth == 0
     before = torch.where(is_undivided, cells.log_mass, cells.log_parent).logsumexp(0)
@@ -343,7 +358,9 @@ class Quadrature(Estimator):
         def log_joint(u: Tensor) -> Tensor:
             return density.log_joint(u.to(density.dtype))  # networks take their own dtype; cells stay in float64
 
-        return integrate(log_joint, low, high, max_evaluations=self.max_evaluations)
+        numbers = 1 if density.structure is None else density.structure.num_observed
+        piece = min(CHUNK_DRAWS, max(1, _CACHED_NUMBERS // max(1, numbers)))
+        return integrate(log_joint, low, high, max_evaluations=self.max_evaluations, piece=piece)
 
 
 def _leaks(result: Integral) -> Bool[Tensor, "2 rows latent"]:

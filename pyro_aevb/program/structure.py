@@ -1,5 +1,6 @@
 """Read a model once: its sites, plates, supports, what is local and what is global, and what is not supported."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -108,6 +109,12 @@ class Structure:
     def has_globals(self) -> bool:
         """Whether any latent lies outside the data plate."""
         return bool(self.select("latent", is_local=False))
+
+    @property
+    def num_observed(self) -> int:
+        """Numbers that are observed of a row."""
+        sites = self.select("observed", is_local=None if self.data_plate is None else True)
+        return sum(math.prod((*site.batch_shape, *site.event_shape)) for site in sites) // max(1, self.rows)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -124,6 +124,12 @@ class TestIntegrate:
         assert not beside.change[1] < 0.01
         assert beside.value[2].abs() < 0.005
 
+    def test_pieces_change_nothing(self):
+        whole, parts = (
+            integrate(lambda u: normal(u, 0.3, 0.1), *box(2, 2, 6.0), piece=piece) for piece in (10**6, 999)
+        )
+        torch.testing.assert_close(whole, parts, rtol=0, atol=1e-10)
+
     def test_the_budget_is_kept(self):
         counts = []
 
@@ -174,6 +180,21 @@ class TestModels:
         x = torch.tensor([x]).double()
         exact = Normal(x.new_zeros(()), math.sqrt(1.01)).log_prob(x)
         assert (quadrature(model, None, x).value - exact).abs().item() < 0.001
+
+    def test_only_rows_whose_box_leaks_are_integrated_again(self):
+        seen = []
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+                seen.append(len(x))
+                pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+        x = torch.tensor([0.5, 40.0, -1.0, 0.0]).double()
+        exact = Normal(x.new_zeros(()), math.sqrt(1.01)).log_prob(x)
+        assert (quadrature(model, None, x).value - exact).abs().max() < 0.001
+        assert 4 in seen
+        assert seen[-1] == 1  # the box of the second row grew last
 
     @pytest.mark.parametrize("noise", [0.5, 1e6])
     def test_the_box_grows_with_heavy_tails(self, noise):

@@ -50,6 +50,8 @@ def test_sites_are_local_or_global_with_their_plates_and_shapes():
     assert (structure.data_plate, structure.data_dim, structure.rows, structure.full_size) == ("data", -1, 4, 4)
     assert structure.max_plate_nesting == 2
     assert structure.has_globals
+    assert structure.num_observed == 3
+    assert read_structure(hierarchy, (X,), data_plate=None).num_observed == 12
     assert structure.ranks == {"mean": 0, "scale": 2, "z": 2, "w": 2, "x": 2}
     assert [site.name for site in structure.select("latent", is_local=True)] == ["z", "w"]
     assert "global latent   mean: Normal []" in str(structure)
