@@ -45,6 +45,9 @@ class WakeSleep(Objective):
     :func:`pyro_aevb.fit`, give the ELBO of the wake phase's draws (arXiv 1312.6114, Eq 6), which training does not maximize and
     which needs no dream.
 
+    Dreams of a model that hardly heeds its latents teach the guide nothing, and latents of such a guide teach the model nothing:
+    networks that begin with weights near zero may stay there, where latents are dead (:func:`~pyro_aevb.collapse_report` tells).
+
     Guides need no ``rsample``. Costs two runs of the model, one with gradients, and two of the guide, one with gradients; and one
     more of the model for the first batch of a shape.
 
