@@ -352,7 +352,9 @@ def test_the_page_says_where_estimators_agree_and_who_was_better_before_the_end(
         "- AEVB, 1,000 training digits: new digits are likeliest, -139.0, after 1,000,000 samples, and -141.0 after"
         in page
     )
-    assert "are within 0.1 nats of quadrature in the mean in 2 of 3 cases, on as few as 20 digits so far." in page
+    assert "quadrature in the mean in 1 of 2 cases, on 1,000 test digits." in page
+    assert "quadrature in the mean in 1 of 1 cases, on 20 test digits so far." in page
+    assert "so misled are 3 of 1,000 by bridge and 6 of 1,020 by AIS." in page
     assert "- Further off: AIS, AEVB with 1,000 digits, by -0.200 ± 0.010." in page
     assert (
         "- App. D is off by +0.060 to +0.060 nats in the mean over all digits, and by -2.00 in the worst (AEVB, 1,000"
@@ -360,6 +362,25 @@ def test_the_page_says_where_estimators_agree_and_who_was_better_before_the_end(
     )
     assert "| 50,000, AEVB | AIS | +0.0300 ± 0.0100 (19) |" in page  # although others have gone further
     assert "| 1,000 | AEVB | 0.02 | 3,000,000 |  | -140.00 ± 0.50 (1000) |  |  |" in page
+
+
+def test_points_of_a_panel_are_of_the_same_first_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(count: int) -> list[dict[str, Any]]:
+        return [{"value": -float(i), "standard_error": 0.1, "is_flagged": 0} for i in range(count)]
+
+    places = [
+        ({**curve(num_train=num_train).keys, "samples": samples, "part": "test", "rate": 0.1}, {"bridge": rows(count)})
+        for num_train, samples, count in ((400, 100, 3), (400, 200, 7), (800, 200, 9))
+    ]
+    figure3 = part("figure3")
+    monkeypatch.setattr(figure3, "_places", lambda job: iter(places))
+    figure3._write(part("settings").Job(tmp_path, tmp_path))
+    found = part("tables").read_table(tmp_path / "figure3.csv")
+    assert [(entry["first"], entry["mean_of_first"], entry["mean"]) for entry in found] == [
+        (3, -1, -1),
+        (3, -1, -3),
+        (9, -4, -4),
+    ]
 
 
 def test_the_committed_page_is_that_of_the_committed_tables(tmp_path: Path) -> None:

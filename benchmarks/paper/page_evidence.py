@@ -157,18 +157,29 @@ def _estimators(out: Path) -> list[str]:
 
 def _agreement(rows: Sequence[Row]) -> list[str]:
     """Say which estimators agree with quadrature, and how far App. D is off."""
-    checked = [row for row in rows if row["estimator"] in ("bridge", "ais")]
-    apart = [row for row in checked if abs(row["difference"]) > _CLOSE]
-    few = min(row["rows"] for row in rows)
-    lines = [
-        f"- Bridge sampling and AIS are within {_CLOSE} nats of quadrature in the mean in {len(checked) - len(apart)} of "
-        f"{len(checked)} cases{'' if few >= _FULL else f', on as few as {few} digits so far'}."
-    ]
-    lines += [
-        f"- Further off: {_ESTIMATORS[row['estimator']]}, {METHODS[row['method']]} with {row['num_train']:,} digits, by "
-        f"{row['difference']:+.3f} ± {row['monte_carlo_error']:.3f}."
-        for row in apart
-    ]
+    lines = []
+    for num_train in sorted({row["num_train"] for row in rows}):
+        checked = [row for row in rows if row["num_train"] == num_train and row["estimator"] in ("bridge", "ais")]
+        apart = [row for row in checked if abs(row["difference"]) > _CLOSE]
+        few = min((row["rows"] for row in checked), default=0)
+        lines.append(
+            f"- {num_train:,} training digits: bridge sampling and AIS are within {_CLOSE} nats of quadrature in the mean in "
+            f"{len(checked) - len(apart)} of {len(checked)} cases, on {few:,} test digits{'' if few >= _FULL else ' so far'}."
+        )
+        lines += [
+            f"- Further off: {_ESTIMATORS[row['estimator']]}, {METHODS[row['method']]} with {num_train:,} digits, by "
+            f"{row['difference']:+.3f} ± {row['monte_carlo_error']:.3f}."
+            for row in apart
+        ]
+    misses = []
+    for name in ("bridge", "ais"):
+        own = [row for row in rows if row["estimator"] == name]
+        total, missed = (sum(row[column] for row in own) for column in ("rows", "misses"))
+        misses.append(f"{missed} of {total:,} by {_ESTIMATORS[name]}")
+    lines.append(
+        "- Without an encoder all chains start where annealing ends, and of a mode that it never finds no flag tells: so misled "
+        f"are {' and '.join(misses)}."
+    )
     paper = [row for row in rows if row["estimator"] == "reciprocal"]
     if paper:
         low, high = (pick(row["difference_all"] for row in paper) for pick in (min, max))
