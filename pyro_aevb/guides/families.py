@@ -85,7 +85,7 @@ class Diagonal(Family):
 
 
 class FullCovariance(Family):
-    """A multivariate normal on the coordinates, by its Cholesky factor."""
+    """A multivariate normal on the coordinates, by its Cholesky factor L = diag(s) (I + T), T strictly lower triangular."""
 
     label = "MultivariateNormal"
 
@@ -116,7 +116,9 @@ class FullCovariance(Family):
         loc, raw, off = outputs.split([size, size, self.num_outputs - 2 * size], -1)
         entries = torch.cat([off, torch.zeros_like(loc[..., :1])], -1)
         index: Any = self.below
-        return loc, torch.diag_embed(self._scale(raw)) + entries[..., index]
+        scale = self._scale(raw)
+        # T and not L is what the network gives: entries of L far above its diagonal would have a solve blow up its rounding
+        return loc, torch.diag_embed(scale) + scale[..., None] * entries[..., index]
 
 
 class Flow(Family):
