@@ -121,14 +121,15 @@ def _lowest(rows: Sequence[Row], latent: int) -> float:
 
 
 def _draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw a panel for each number of latents, MNIST above and Frey Face below."""
+    """Draw a panel for each number of latents, MNIST above and Frey Face below, as far as there are runs."""
     first = [row for row in rows if row["seed"] == 0]
-    columns = max(len({row["latent"] for row in first if row["data"] == data}) for data in LATENTS)
-    if not columns:
+    present = [data for data in LATENTS if any(row["data"] == data for row in first)]
+    if not present:
         return
+    columns = max(len({row["latent"] for row in first if row["data"] == data}) for data in present)
     most = max(row["samples"] for row in first)
-    figure, axes = panels(2, columns)
-    for line, data in enumerate(LATENTS):
+    figure, axes = panels(len(present), columns)
+    for line, data in enumerate(present):
         latents = sorted({row["latent"] for row in first if row["data"] == data})
         own = axes[line * columns : (line + 1) * columns]
         for ax, latent in zip(own, latents, strict=False):

@@ -157,7 +157,7 @@ def _verdict(rows: Sequence[Row], test: Best, panels: Sequence[tuple[str, int]])
     ahead = [panel for panel in both if test[*panel, "aevb"][0] > test[*panel, "wake_sleep"][0]]
     lines = [
         "- AEVB's best test bound, up to the samples that both have reached, is above wake-sleep's in "
-        f"{len(ahead)} of {len(both)} panels. In the paper it is in all nine."
+        f"{len(ahead)} of {len(both)} panels. In the paper it is in all."
     ]
     bests = {seed: best_bounds(rows, seed=seed) for seed in sorted({row["seed"] for row in rows})}
     for panel in both:
