@@ -23,6 +23,8 @@ from pyro_aevb.program.coordinates import bijection
 __all__ = ["Circular", "Diagonal", "Family", "Flow", "FullCovariance", "Spherical", "neural_spline_flow"]
 
 _LARGEST_RAW = 10.0
+_STRETCH = 3.0
+"""Outputs of 1 are strong dependence, as they are large scales and locations: refinement and training are even-handed."""
 _SMALLEST_SCALE = 1e-6
 """In units of the prior; a scale that underflows to 0 has no density."""
 
@@ -85,7 +87,7 @@ class Diagonal(Family):
 
 
 class FullCovariance(Family):
-    """A multivariate normal on the coordinates, by its Cholesky factor L = diag(s) (I + T), T strictly lower triangular."""
+    """A multivariate normal on the coordinates, by its Cholesky factor L = diag(s) (I + 3 T), T strictly lower triangular."""
 
     label = "MultivariateNormal"
 
@@ -118,7 +120,7 @@ class FullCovariance(Family):
         index: Any = self.below
         scale = self._scale(raw)
         # T and not L is what the network gives: entries of L far above its diagonal would have a solve blow up its rounding
-        return loc, torch.diag_embed(scale) + scale[..., None] * entries[..., index]
+        return loc, torch.diag_embed(scale) + _STRETCH * scale[..., None] * entries[..., index]
 
 
 class Flow(Family):

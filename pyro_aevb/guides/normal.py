@@ -40,7 +40,7 @@ class AutoAmortizedNormal(AmortizedGuide):
 class AutoAmortizedMultivariateNormal(AmortizedGuide):
     r"""Amortized guide whose latents are multivariate normals on unconstrained space: full covariance within a site.
 
-    As :class:`AutoAmortizedNormal`, with a lower triangular :math:`L_i = \mathrm{diag}(\sigma_i) (I + T_i)` in place of
+    As :class:`AutoAmortizedNormal`, with a lower triangular :math:`L_i = \mathrm{diag}(\sigma_i) (I + 3 T_i)` in place of
     :math:`\sigma_i`; the encoder gives :math:`\sigma_i` and the D (D - 1) / 2 entries of :math:`T_i`, which is strictly lower
     triangular. Globals get one multivariate normal over all of them.
 
