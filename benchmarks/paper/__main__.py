@@ -63,9 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick and options.out == parser.get_default("out"):
         parser.error("a quick run says nothing about the paper: give it an --out of its own")
     samples = None if options.samples is None else int(options.samples)
-    settings = {name: getattr(options, name) for name in ("seed", "initial_sd")}
-    settings |= {"trains": not options.draw, "num_rows": options.rows}
-    job = Job(options.state, options.out, samples, options.quick, **settings)
+    job = Job(
+        options.state,
+        options.out,
+        samples,
+        options.quick,
+        trains=not options.draw,
+        num_rows=options.rows,
+        seed=options.seed,
+        initial_sd=options.initial_sd,
+    )
     for name in PARTS if "all" in options.parts else options.parts:
         begin = time.perf_counter()
         try:

@@ -68,11 +68,13 @@ def _points(curve: Curve, job: Job) -> list[int]:
 def _write(job: Job) -> None:
     """Write what the state holds."""
     means, differences, places = [], [], list(_places(job))
+    few: dict[int, int] = {}  # first rows that every point of a panel has
     for place, found in places:
-        few = min(
-            [_POINT_ROWS, *(len(other[name]) for at, other in places for name in other if _is_beside(at, place, name))]
-        )
-        means += [{**place, "estimator": name, **summarize(rows, few)} for name, rows in found.items()]
+        few[place["num_train"]] = min(few.get(place["num_train"], _POINT_ROWS), len(found.get("bridge", range(_ROWS))))
+    for place, found in places:
+        means += [
+            {**place, "estimator": name, **summarize(rows, few[place["num_train"]])} for name, rows in found.items()
+        ]
         differences += [
             {**place, "estimator": name, **compare(rows, found["quadrature"])}
             for name, rows in found.items()
@@ -93,11 +95,6 @@ def _places(job: Job) -> Iterator[tuple[Row, dict[str, list[Row]]]]:
                 found = {name: weigh(idle, curve, samples, part, name, num_rows=_ROWS) for name in _AT_THE_END}
                 place = {**curve.keys, "rate": chosen_rate(curve, job.state), "samples": samples, "part": part}
                 yield place, {name: rows for name, rows in found.items() if rows}
-
-
-def _is_beside(one: Row, other: Row, estimator: str) -> bool:
-    """Tell whether an estimate at one place is a point of the picture beside another: of the same first rows, then."""
-    return estimator == "bridge" and one["num_train"] == other["num_train"]
 
 
 def _draw(rows: Sequence[Row], path: Path) -> None:

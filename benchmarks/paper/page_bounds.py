@@ -88,7 +88,8 @@ def _starting(out: Path, initial_sd: float) -> list[Row]:
 
 def _panels(rows: Sequence[Row]) -> list[tuple[str, int]]:
     """Return the panels in the order of the picture."""
-    return sorted({key[:2] for key in best_bounds(rows)}, key=lambda key: (key[0] != "mnist", key[1]))
+    panels = {(row["data"], row["latent"]) for row in rows if row["seed"] == 0}
+    return sorted(panels, key=lambda panel: (panel[0] != "mnist", panel[1]))
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
@@ -99,10 +100,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 def _minutes(rows: Sequence[Row]) -> float:
     """Return how long the curves trained."""
-    ends = [
-        max((row for row in rows if _curve_of(row) == key), key=lambda row: row["samples"]) for key in best_bounds(rows)
-    ]
-    return sum(row["seconds"] for row in ends) / 60
+    ends = {_curve_of(row): row["seconds"] for row in sorted(rows, key=lambda row: row["samples"])}
+    return sum(ends.values()) / 60
 
 
 def _compared(narrow: Sequence[Row], wide: Sequence[Row]) -> list[str]:

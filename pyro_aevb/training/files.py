@@ -18,8 +18,8 @@ from pyro_aevb.errors import FileError
 
 __all__ = ["FORMAT", "Contents", "draft_file", "publish_file", "read_file", "write_file"]
 
-FORMAT = 2
-"""Version of the file's layout; 2 brought the checksum."""
+FORMAT = 3
+"""Version of the file: 2 brought the checksum, 3 the factor of full covariance in units of its scales."""
 _KEY, _CHECKSUM = "pyro_aevb", "crc32"
 
 
